@@ -1,0 +1,1 @@
+"""TARS backend: llama.cpp's own server engine, from prebuilt wheels."""

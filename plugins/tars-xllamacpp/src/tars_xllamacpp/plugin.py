@@ -1,0 +1,65 @@
+"""The hooks. The runtime is imported in the worker only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from tars_core.plugin import (
+    CancelFlag,
+    LoadedModel,
+    LoadFailed,
+    LoadOptions,
+    ModelRef,
+    ProbeLimits,
+    ProbeReport,
+    ProgressCallback,
+    hookimpl,
+)
+from tars_core.sources import gguf
+
+_OVERHEAD_BYTES = 100 * 2**20  # measured: 55 MB of runtime, and compute buffers
+_PREFERENCE = 60  # prebuilt and fast; a build made for this machine (llama-cpp-python) is faster
+
+
+@hookimpl
+def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | None:
+    """Read the file's header; look for the runtime's metadata."""
+    del limits  # a header takes milliseconds
+    path = model.path if model is not None else None
+    if model is not None and (path is None or path.suffix.lower() != ".gguf"):
+        return None
+    try:
+        importlib.metadata.version("xllamacpp")
+    except importlib.metadata.PackageNotFoundError:
+        return ProbeReport(
+            available=False, reason="the package xllamacpp is not installed", hint="pip install xllamacpp"
+        )
+    if path is None:
+        return ProbeReport(available=True, device="cpu")
+    try:
+        header = gguf.read_header(path)
+    except LoadFailed as error:
+        return ProbeReport(available=False, reason=error.message, hint=error.hint)
+    except OSError as error:
+        return ProbeReport(available=False, reason=f"{path} cannot be read: {error.strerror}")
+    return ProbeReport(
+        available=True,
+        device="cpu",
+        memory_bytes=header.tensor_bytes + _OVERHEAD_BYTES,
+        weights_id=header.weights_id,
+        context_length=header.context_length,
+        concurrency=4,
+        preference=_PREFERENCE,
+    )
+
+
+@hookimpl
+def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag) -> LoadedModel:
+    """Start the server engine on the model."""
+    del cancel  # the native load cannot be stopped; the host ends this process instead
+    from tars_xllamacpp.server import ServedModel  # noqa: PLC0415 - imports the runtime
+
+    if model.path is None:
+        raise LoadFailed(f"{model} is no file")
+    progress(0.0, f"loading {model.path.name}")
+    return ServedModel.load(model.path, options)

@@ -1,0 +1,337 @@
+"""What an engine does on its event loop: decide, load, answer, fail over.
+
+Everything here runs on the one private loop of :mod:`tars_core.engine`; no locks are needed beyond it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TypeAlias, TypeVar, cast
+
+import msgspec
+
+from tars_core import failover
+from tars_core.errors import (
+    LoadFailed,
+    Overloaded,
+    RequestError,
+    TarsError,
+)
+from tars_core.events import BackendFinished, Finished, Started, StreamEvent, TextDelta
+from tars_core.planning import Planner
+from tars_core.schema import (
+    BackendStatus,
+    Candidate,
+    Completion,
+    Decision,
+    LoadOptions,
+    Message,
+    SamplingParams,
+    Timings,
+)
+from tars_core.settings import Settings
+from tars_core.worker.host import Request, Worker
+from tars_core.worker.protocol import Load
+
+_log = logging.getLogger("tars_core.engine")
+
+_DECISION_AGE_S = 30.0
+"""How old a decision may be: a daemon that came up in the meantime is noticed after this."""
+
+Sink: TypeAlias = Callable[[StreamEvent], None]
+OnLoad: TypeAlias = Callable[[str, float, str], None]
+"""``on_load(backend, fraction, note)``, called on the engine's own thread."""
+
+T = TypeVar("T")
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as the caller meant it."""
+
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    """Raw text instead of messages."""
+    sampling: SamplingParams
+    backend: str | None = None
+    """Only this one; for benchmarks."""
+
+
+class _Place:
+    """Where a candidate's worker lives: none yet, loading, or loaded."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.loading: asyncio.Task[Worker] | None = None
+
+
+class Driver:
+    """The engine's asynchronous core."""
+
+    def __init__(self, settings: Settings, plugins: Mapping[str, object], on_load: OnLoad | None) -> None:
+        self.settings = settings
+        self._planner = Planner(settings, plugins)
+        self._on_load = on_load
+        self._limits = failover.Limits(
+            load_s=settings.limits.load_s,
+            first_token_s=settings.limits.first_token_s,
+            between_tokens_s=settings.limits.between_tokens_s,
+            total_s=settings.limits.total_s,
+        )
+        self._circuits = failover.Circuits(failover.CircuitPolicy(), random.Random())  # noqa: S311 - jitter
+        self._deciding = asyncio.Lock()
+        self._decision: tuple[Decision, float] | None = None
+        self._places: dict[failover.Key, _Place] = {}
+        self._running: set[asyncio.Task[Completion]] = set()
+        self.last_answered: str | None = None
+
+    # ---- deciding ------------------------------------------------------------------------------
+
+    async def decide(self, *, refresh: bool = False) -> Decision:
+        """Return what would be tried, in order. Raises where nothing can be.
+
+        Discovery happens once; probes are asked again after 30 s, after a failure, or on ``refresh``.
+        """
+        async with self._deciding:
+            if self._decision is not None and not refresh:
+                decision, made = self._decision
+                if time.monotonic() - made < _DECISION_AGE_S:
+                    return decision
+            decision = await _in_daemon_thread(self._planner.decide, self._running_keys())
+            self._decision = decision, time.monotonic()
+            return decision
+
+    async def statuses(self) -> tuple[BackendStatus, ...]:
+        """Return the state of every installed plugin, quarantined ones included; crashed ones are tried anew."""
+        async with self._deciding:
+            return await _in_daemon_thread(self._planner.statuses)
+
+    def _running_keys(self) -> frozenset[failover.Key]:
+        return frozenset(key for key, place in self._places.items() if place.worker and place.worker.dead is None)
+
+    # ---- answering -----------------------------------------------------------------------------
+
+    async def answer(self, ask: Ask, sink: Sink) -> Completion:
+        """Answer one request; ``sink`` gets every event of its stream, on this loop's thread."""
+        if len(self._running) >= self.settings.max_queue:
+            raise Overloaded(
+                f"{len(self._running)} requests are running or waiting, max_queue is {self.settings.max_queue}",
+                hint="try again in a moment, or raise max_queue",
+            )
+        task = asyncio.ensure_future(self._answer(ask, sink))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+
+    async def _answer(self, ask: Ask, sink: Sink) -> Completion:
+        started = time.monotonic()
+        decision = await self.decide()
+        sink(Started(decision=decision))
+        candidates = [c for c in decision.candidates if ask.backend in (None, c.backend)]
+        attempts = failover.Attempts(candidates, self._limits, self._circuits, now=started)
+        while True:
+            candidate = attempts.next(time.monotonic())
+            place = self._places.setdefault((candidate.backend, candidate.model), _Place())
+            attempt = _Attempt(self, place, candidate, attempts, started)
+            try:
+                completion = await attempt.run(ask, sink, decision)
+            except RequestError:
+                attempts.undecided()
+                raise
+            except TarsError as error:
+                _log.info("%s failed: %s", candidate.backend, error)
+                self._decision = None  # facts have changed; the next request asks the probes again
+                attempts.failed(error, time.monotonic(), incident=attempt.incident)
+            except BaseException:
+                attempts.undecided()
+                raise
+            else:
+                self.last_answered = candidate.backend
+                sink(Finished(completion=completion))
+                return completion
+
+    async def loaded_worker(self, place: _Place, candidate: Candidate) -> Worker:
+        """Return the candidate's worker, loading it unless it lives; requests that come meanwhile share the load."""
+        if place.worker is not None and place.worker.dead is None:
+            return place.worker
+        if place.loading is None or place.loading.done():
+            place.loading = asyncio.ensure_future(self._load(place, candidate))
+            place.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        # Shielded: one caller who gives up must not end the load the others wait for.
+        return await asyncio.shield(place.loading)
+
+    async def _load(self, place: _Place, candidate: Candidate) -> Worker:
+        # One model in memory at a time, unless the others are at work: what died must be gone, what idles goes.
+        others = [p for p in self._places.values() if p.worker is not None and (p is place or p.worker.idle)]
+        for other in others:
+            worker, other.worker = other.worker, None
+            if worker is not None:
+                await worker.close()
+        target, value = self._planner.plugin(candidate.backend)
+        place.worker = worker = Worker(candidate.backend)
+        loaded = await worker.load(
+            Load(
+                plugin=candidate.backend,
+                target=target or "",
+                model=candidate.model,
+                options=LoadOptions(
+                    device=self.settings.require_device or self.settings.device,
+                    context_length=self.settings.context_length,
+                    threads=self.settings.threads,
+                    gpu_layers=self.settings.gpu_layers,
+                    concurrency=self.settings.concurrency,
+                    allow_download=self.settings.allow_download,
+                ),
+            ),
+            limit_s=self._limits.load_s,
+            plugin=value if target is None or self.settings.isolation == "none" else None,
+            on_progress=lambda fraction, note: self._tell(candidate.backend, fraction, note),
+        )
+        if self.settings.require_device == "gpu" and loaded.device == "cpu":
+            await worker.close()
+            raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")
+        return worker
+
+    def _tell(self, backend: str, fraction: float, note: str) -> None:
+        if self._on_load is None:
+            return
+        try:
+            self._on_load(backend, fraction, note)
+        except Exception:  # noqa: BLE001 - an observer must not stop the load
+            _log.exception("on_load raised and is not called again")
+            self._on_load = None
+
+    async def close(self) -> None:
+        """Cancel what runs and end every worker."""
+        loads = [p.loading for p in self._places.values() if p.loading is not None]
+        pending = [task for task in (*self._running, *loads) if not task.done()]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        workers = [p.worker for p in self._places.values() if p.worker is not None]
+        await asyncio.gather(*(worker.close() for worker in workers))
+        self._places.clear()
+
+
+class _Attempt:
+    """One candidate's try at one request."""
+
+    def __init__(
+        self, driver: Driver, place: _Place, candidate: Candidate, attempts: failover.Attempts, started: float
+    ) -> None:
+        self._driver = driver
+        self._place = place
+        self._candidate = candidate
+        self._attempts = attempts
+        self._started = started
+        self._load_s: float | None = None
+        self._first = self._last = 0.0
+        self._tokens = 0
+        self._worker: Worker | None = None
+
+    @property
+    def incident(self) -> int:
+        """Which worker's end this failure may have been."""
+        worker = self._worker or self._place.worker
+        return worker.serial if worker else 0
+
+    async def run(self, ask: Ask, sink: Sink, decision: Decision) -> Completion:
+        """Load if need be, generate, and pass the text on."""
+        self._worker = worker = await self._load()
+        self._attempts.loaded()
+        request = await self._bounded(worker.generate(messages=ask.messages, prompt=ask.prompt, sampling=ask.sampling))
+        try:
+            finished = await self._relay(worker, request, sink)
+        finally:
+            request.abandon()
+        return self._completion(worker, finished, decision)
+
+    async def _load(self) -> Worker:
+        began = time.monotonic()
+        loaded_before = self._place.worker is not None and self._place.worker.dead is None
+        worker = await self._bounded(self._driver.loaded_worker(self._place, self._candidate))
+        if not loaded_before:
+            self._load_s = time.monotonic() - began
+        return worker
+
+    async def _bounded(self, step: Coroutine[None, None, T]) -> T:
+        """Await a step that has limits of its own, or none, within the request's whole time."""
+        try:
+            return await asyncio.wait_for(step, self._attempts.total_left(time.monotonic()))
+        except asyncio.TimeoutError:
+            raise self._attempts.expired(time.monotonic()) from None
+
+    async def _relay(self, worker: Worker, request: Request, sink: Sink) -> BackendFinished:
+        while True:
+            try:
+                event = await request.next(self._attempts.wait_s(time.monotonic()))
+            except asyncio.TimeoutError:
+                error = self._attempts.expired(time.monotonic())
+                if error.stage != "total":
+                    worker.kill(error)  # it hangs; whoever shares it would wait in vain
+                raise error from None
+            if isinstance(event, BackendFinished):
+                return event
+            if isinstance(event, TextDelta):
+                self._last = time.monotonic()
+                self._first = self._first or self._last
+                self._tokens += len(event.token_ids) or 1
+                self._attempts.delivered(event.text)
+                sink(event)
+
+    def _completion(self, worker: Worker, finished: BackendFinished, decision: Decision) -> Completion:
+        now = time.monotonic()
+        decode_s = self._last - self._first
+        measured = (self._tokens - 1) / decode_s if decode_s > 0 else None
+        assert worker.loaded is not None  # noqa: S101 - it has just generated
+        return Completion(
+            text=self._attempts.text,
+            finish_reason=finished.finish_reason,
+            usage=finished.usage,
+            timings=Timings(
+                load_s=self._load_s,
+                ttft_s=self._first - self._started if self._first else None,
+                decode_tokens_per_s=finished.timings.decode_tokens_per_s or measured,
+            ),
+            backend=self._candidate.backend,
+            model=self._candidate.model,
+            device=worker.loaded.device,
+            degraded=self._candidate.degraded,
+            decision=decision,
+            attempts=self._attempts.finished(now),
+        )
+
+
+async def _in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Run ``function`` in a thread that cannot keep the interpreter from ending, as an executor's would."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast("T", value))
+
+    def run() -> None:
+        value: T | None = None
+        error: BaseException | None = None
+        try:
+            value = function(*arguments)
+        except BaseException as raised:  # noqa: BLE001 - handed over to the waiting coroutine
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, name="tars-decide", daemon=True).start()
+    return await future

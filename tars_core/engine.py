@@ -1,0 +1,384 @@
+"""The engine: discovers, ranks, loads, answers and fails over. One object, a sync and an async face.
+
+Both faces submit to one private thread with an event loop of its own; so the engine works in scripts, threads,
+notebooks and inside a running loop alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, TypedDict, TypeVar
+
+from tars_core import schema
+from tars_core.driver import Ask, Driver, OnLoad
+from tars_core.errors import ConfigError, EngineClosed, RequestError, TarsError
+from tars_core.events import StreamEvent
+from tars_core.schema import BackendStatus, Completion, Decision, Message, SamplingParams
+from tars_core.settings import load_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+_BENCHMARK_PROMPT = "¿Cuál es tu nombre?"
+_BENCHMARK_TOKENS = 32
+
+T = TypeVar("T")
+
+
+class Sampling(TypedDict, total=False):
+    """The keyword arguments of every answering method; see :class:`~tars_core.schema.SamplingParams`."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repeat_penalty: float
+    max_tokens: int
+    stop: Sequence[str]
+    seed: int | None
+
+
+class InferenceEngine:
+    """Answers with the best local backend there is, and with the next when that one fails.
+
+    ``config`` and ``settings`` are the same thing, as a mapping and as keywords; see
+    :class:`~tars_core.settings.Settings` for all of them. ``use_NAME=False`` forbids a backend.
+    ``plugins`` are plugin objects that are not installed; they run in this process.
+    ``on_load(backend, fraction, note)`` is told of loading, on the engine's own thread.
+
+    Nothing is imported, probed or loaded before the first question. Safe to use from several threads.
+    Raises :class:`~tars_core.errors.ConfigError` for a setting that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, object] | None = None,
+        *,
+        backend: str | None = None,
+        model: str | os.PathLike[str] | None = None,
+        plugins: Mapping[str, object] | None = None,
+        on_load: OnLoad | None = None,
+        **settings: object,
+    ) -> None:
+        if config is not None and not isinstance(config, Mapping):
+            raise ConfigError(f"config must be a mapping of settings, not {type(config).__name__}")
+        arguments: dict[str, object] = {**(config or {}), **settings}
+        if backend is not None:
+            arguments["backend"] = backend
+        if model is not None:
+            arguments["model"] = os.fspath(model)
+        self.settings = load_settings(arguments)
+        self._plugins = dict(plugins or {})
+        self._on_load = on_load
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._driver: Driver | None = None
+        self._pid = os.getpid()
+        self._closed = False
+        _engines.add(self)
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    def generate(self, prompt: str, system_prompt: str | None = None, **sampling: Unpack[Sampling]) -> str:
+        """Return the answer as text, without white space around it.
+
+        Raises :class:`~tars_core.errors.RequestError` for a request nobody could answer, and
+        :class:`~tars_core.errors.AllBackendsFailed` when every candidate failed.
+        """
+        return self.complete(prompt, system_prompt, **sampling).text.strip()
+
+    def complete(
+        self,
+        prompt: str | None = None,
+        system_prompt: str | None = None,
+        *,
+        messages: Sequence[Message | dict[str, str]] | None = None,
+        raw: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Completion:
+        """Return the answer with its usage, timings and the way it came about.
+
+        Either a ``prompt``, with or without a system prompt, or a conversation in ``messages``; one that ends with
+        an assistant message is continued. ``raw`` passes the prompt on without the model's chat template.
+        """
+        ask = _ask(prompt, system_prompt, messages, sampling, raw=raw)
+        return self._wait(lambda driver: driver.answer(ask, _ignore))
+
+    def chat(self, messages: Sequence[Message | dict[str, str]], **sampling: Unpack[Sampling]) -> Completion:
+        """Return the answer to a conversation."""
+        return self.complete(messages=messages, **sampling)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        system_prompt: str | None = None,
+        *,
+        messages: Sequence[Message | dict[str, str]] | None = None,
+        raw: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Iterator[StreamEvent]:
+        """Yield ``Started``, then ``TextDelta`` as the text grows, then ``Finished``.
+
+        A bad request is refused here, before the first event is asked for. Leaving the loop early stops the
+        generation. Raises :class:`~tars_core.errors.StreamInterrupted`, with the text so far, where the backend
+        fails after its first text.
+        """
+        return self._stream(_ask(prompt, system_prompt, messages, sampling, raw=raw))
+
+    async def agenerate(self, prompt: str, system_prompt: str | None = None, **sampling: Unpack[Sampling]) -> str:
+        """:meth:`generate` for asyncio."""
+        return (await self.acomplete(prompt, system_prompt, **sampling)).text.strip()
+
+    async def acomplete(
+        self,
+        prompt: str | None = None,
+        system_prompt: str | None = None,
+        *,
+        messages: Sequence[Message | dict[str, str]] | None = None,
+        raw: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Completion:
+        """:meth:`complete` for asyncio. Cancelling the task stops the generation."""
+        ask = _ask(prompt, system_prompt, messages, sampling, raw=raw)
+        return await self._await(lambda driver: driver.answer(ask, _ignore))
+
+    async def achat(self, messages: Sequence[Message | dict[str, str]], **sampling: Unpack[Sampling]) -> Completion:
+        """:meth:`chat` for asyncio."""
+        return await self.acomplete(messages=messages, **sampling)
+
+    def astream(
+        self,
+        prompt: str | None = None,
+        system_prompt: str | None = None,
+        *,
+        messages: Sequence[Message | dict[str, str]] | None = None,
+        raw: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncIterator[StreamEvent]:
+        """:meth:`stream` for asyncio."""
+        return self._astream(_ask(prompt, system_prompt, messages, sampling, raw=raw))
+
+    # ---- what would happen ---------------------------------------------------------------------
+
+    def plan(self) -> Decision:
+        """Return what the next request would try, in order, with reasons; asks every probe anew, loads nothing.
+
+        Raises :class:`~tars_core.errors.BackendUnavailable` where nothing can be tried.
+        """
+        return self._wait(lambda driver: driver.decide(refresh=True))
+
+    def backends(self) -> tuple[BackendStatus, ...]:
+        """Return every installed plugin with its state, the broken ones included."""
+        return self._wait(lambda driver: driver.statuses())
+
+    def list_available_backends(self) -> list[str]:
+        """Return the names of the backends that can run the model, best first; none is an empty list."""
+        try:
+            return list(dict.fromkeys(candidate.backend for candidate in self.plan().candidates))
+        except TarsError:
+            return []
+
+    def get_active_backend(self) -> str | None:
+        """Return the backend that answered last, else the one that would be tried first. Loads nothing."""
+        if self._driver is not None and self._driver.last_answered is not None:
+            return self._driver.last_answered
+        return next(iter(self.list_available_backends()), None)
+
+    def benchmark(self) -> dict[str, float | None]:
+        """Time each backend that can run the model: 32 tokens, fixed prompt, warm; seconds.
+
+        ``None`` for one that is installed and cannot, or that failed.
+        """
+        available = self.list_available_backends()
+        results: dict[str, float | None] = {
+            status.name: None for status in self.backends() if status.available is not None
+        }
+        return results | {name: self._time(name) for name in available}
+
+    def _time(self, backend: str) -> float | None:
+        sampling = SamplingParams(temperature=0, max_tokens=_BENCHMARK_TOKENS)
+        ask = Ask(prompt=_BENCHMARK_PROMPT, sampling=sampling, backend=backend)
+        try:
+            self._wait(lambda driver: driver.answer(ask, _ignore))
+            began = time.perf_counter()
+            self._wait(lambda driver: driver.answer(ask, _ignore))
+        except TarsError:
+            return None  # the promised answer for a backend that fails
+        return time.perf_counter() - began
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End all workers and the engine's thread. Requests under way raise ``EngineClosed``; may be called twice."""
+        with self._lock:
+            self._closed = True
+            loop, thread, driver = self._loop, self._thread, self._driver
+            self._loop = self._thread = self._driver = None
+        if loop is None or thread is None or driver is None or self._pid != os.getpid():
+            return
+        asyncio.run_coroutine_threadsafe(driver.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    async def aclose(self) -> None:
+        """:meth:`close` for asyncio."""
+        await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # ---- crossing into the loop ----------------------------------------------------------------
+
+    def _submit(self, call: Callable[[Driver], Coroutine[None, None, T]]) -> concurrent.futures.Future[T]:
+        with self._lock:
+            if self._closed:
+                raise EngineClosed
+            if self._loop is None or self._driver is None:
+                self._loop = loop = asyncio.new_event_loop()
+                self._driver = Driver(self.settings, self._plugins, self._on_load)
+                self._thread = threading.Thread(target=loop.run_forever, name="tars-engine", daemon=True)
+                self._thread.start()
+            return asyncio.run_coroutine_threadsafe(call(self._driver), self._loop)
+
+    def _wait(self, call: Callable[[Driver], Coroutine[None, None, T]]) -> T:
+        future = self._submit(call)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineClosed from None
+        finally:
+            future.cancel()  # Ctrl-C in this thread must not leave the request running
+
+    async def _await(self, call: Callable[[Driver], Coroutine[None, None, T]]) -> T:
+        future = self._submit(call)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self._closed:
+                raise EngineClosed from None
+            raise
+        finally:
+            future.cancel()
+
+    def _stream(self, ask: Ask) -> Iterator[StreamEvent]:
+        events: queue.SimpleQueue[StreamEvent | None] = queue.SimpleQueue()
+        future = self._submit(lambda driver: driver.answer(ask, events.put))
+        future.add_done_callback(lambda _: events.put(None))
+        try:
+            while (event := events.get()) is not None:
+                yield event
+            future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineClosed from None
+        finally:
+            future.cancel()
+
+    async def _astream(self, ask: Ask) -> AsyncIterator[StreamEvent]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[StreamEvent | None] = asyncio.Queue()
+
+        def put(event: StreamEvent | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        future = self._submit(lambda driver: driver.answer(ask, put))
+        future.add_done_callback(lambda _: put(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineClosed from None
+        finally:
+            future.cancel()
+
+    def _start_anew(self) -> None:
+        """In a forked child: the thread and the workers are the parent's; begin without them."""
+        self._lock = threading.Lock()
+        self._loop = self._thread = self._driver = None
+        self._pid = os.getpid()
+
+
+def _ask(
+    prompt: str | None,
+    system_prompt: str | None,
+    messages: Sequence[Message | dict[str, str]] | None,
+    sampling: Sampling,
+    *,
+    raw: bool,
+) -> Ask:
+    params = _sampling(sampling)
+    if messages is not None:
+        if prompt is not None or system_prompt is not None or raw:
+            raise RequestError("give either messages, or a prompt with or without a system prompt")
+        turns = schema.check_messages(messages)
+        if not any(turn.content.strip() for turn in turns):
+            raise RequestError("every message is blank")
+        return Ask(messages=turns, sampling=params)
+    if prompt is None:
+        raise RequestError("there is neither a prompt nor messages")
+    schema.check_text("prompt", prompt)
+    if not prompt.strip():
+        raise RequestError("the prompt is blank", hint="say what is to be answered")
+    if raw:
+        if system_prompt is not None:
+            raise RequestError("a raw prompt has no system prompt", hint="write it into the prompt")
+        return Ask(prompt=prompt, sampling=params)
+    system = () if system_prompt is None else (Message(role="system", content=system_prompt),)
+    return Ask(messages=(*system, Message(role="user", content=prompt)), sampling=params)
+
+
+def _sampling(options: Sampling) -> SamplingParams:
+    unknown = options.keys() - Sampling.__annotations__.keys()
+    if unknown:
+        raise RequestError(
+            f"unknown sampling option {', '.join(sorted(unknown))}",
+            hint=f"known: {', '.join(Sampling.__annotations__)}",
+        )
+    return SamplingParams(**options)  # type: ignore[arg-type]  # stop: any sequence; it is checked there
+
+
+def _ignore(_event: StreamEvent) -> None:
+    """Take the events of a request whose caller wants only the result."""
+
+
+_engines: weakref.WeakSet[InferenceEngine] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for engine in list(_engines):
+        engine.close()
+
+
+def _start_all_anew() -> None:
+    for engine in list(_engines):
+        engine._start_anew()  # noqa: SLF001 - this module's own
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_all_anew)

@@ -1,0 +1,173 @@
+"""The first import of a plugin, in a process that may die of it.
+
+A plugin that hangs, crashes or calls ``os._exit`` while it is imported or probed would take the application along.
+So a plugin not seen before is imported and probed in a time-limited child first. What passed is remembered by its
+files; what crashed or hung is remembered for an hour, or until something is installed. A plugin that merely raised
+is harmless and asked again every time.
+
+Run as a program (``python -m tars_core.first_import NAME TARGET``) this module is that child.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from tars_core import childprocess, hookspecs
+from tars_core.errors import WorkerDied
+from tars_core.schema import ProbeLimits
+
+_log = logging.getLogger("tars_core.registry")
+_REMEMBER_BAD_S = 3600.0
+Stage: TypeAlias = Literal["import", "register", "probe"]
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of it. ``stage`` is ``None`` where all went well, else the stage that failed."""
+
+    stage: Stage | None = None
+    reason: str = ""
+    dangerous: bool = False
+    """It would have hurt the host: a crash, a hang, an exit."""
+
+
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+    """A plugin to be examined."""
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+
+
+class _Remembered(msgspec.Struct, frozen=True, kw_only=True):
+    fingerprint: str
+    verdict: Verdict
+    written: float
+
+
+class Memory:
+    """Verdicts on disk, one small file a plugin. Without a writable folder it forgets, after one warning."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._warned = False
+
+    def recall(self, suspect: Suspect, *, trust_bad: bool = True) -> Verdict | None:
+        """Return the verdict on the plugin as it is installed now."""
+        try:
+            data = self._file(suspect).read_bytes()
+            remembered = msgspec.json.decode(data, type=_Remembered)
+        except (OSError, msgspec.DecodeError):
+            return None
+        age = time.time() - remembered.written
+        fresh = not remembered.verdict.dangerous or (trust_bad and 0 <= age < _REMEMBER_BAD_S)
+        return remembered.verdict if fresh and remembered.fingerprint == fingerprint(suspect) else None
+
+    def keep(self, suspect: Suspect, verdict: Verdict) -> None:
+        """Remember ``verdict``, unless it is a harmless failure."""
+        if verdict.stage is not None and not verdict.dangerous:
+            return
+        entry = _Remembered(fingerprint=fingerprint(suspect), verdict=verdict, written=time.time())
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Written beside and moved: two processes may come here at once.
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                file.write(msgspec.json.encode(entry))
+            Path(file.name).replace(self._file(suspect))
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                _log.warning("%s is not writable (%s): plugins are checked anew each time", self._folder, error)
+
+    def _file(self, suspect: Suspect) -> Path:
+        place = hashlib.sha256(f"{suspect.name}\0{suspect.target}\0{sys.prefix}".encode()).hexdigest()[:16]
+        return self._folder / f"{place}.json"
+
+
+def fingerprint(suspect: Suspect) -> str:
+    """Return a digest that changes with the plugin's files, the interpreter, or what is installed beside it."""
+    facts = [suspect.name, suspect.target, suspect.distribution, suspect.version, sys.version, sys.executable]
+    spec = importlib.util.find_spec(suspect.target.partition(":")[0].partition(".")[0])
+    if spec is not None and spec.origin is not None:
+        origin = Path(spec.origin)
+        files: Iterable[Path] = origin.parent.rglob("*.py") if origin.name == "__init__.py" else (origin,)
+        facts += [f"{f}:{(s := f.stat()).st_size}:{s.st_mtime_ns}" for f in sorted(files)]
+    for entry in sys.path:
+        # Installing or removing a distribution changes its folder's time, and with it what can be imported.
+        if entry and (folder := Path(entry)).is_dir() and folder != Path.cwd():
+            facts.append(f"{folder}:{folder.stat().st_mtime_ns}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def examine(suspects: Sequence[Suspect], *, limit_s: float) -> dict[str, Verdict]:
+    """Import and probe each plugin in a child of its own, all at once; return the verdicts by name."""
+    deadline = time.monotonic() + limit_s
+    children = {suspect.name: _start(suspect) for suspect in suspects}
+    return {name: _judge(child, deadline, limit_s) for name, child in children.items()}
+
+
+def _start(suspect: Suspect) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        childprocess.command("tars_core.first_import", suspect.name, suspect.target),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _judge(child: subprocess.Popen[bytes], deadline: float, limit_s: float) -> Verdict:
+    try:
+        output, words = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+        return Verdict(stage="import", reason=f"it was not imported within {limit_s:g} s", dangerous=True)
+    try:
+        return msgspec.json.decode(output, type=Verdict)
+    except msgspec.DecodeError:
+        died = WorkerDied(returncode=child.returncode, stderr_tail=words.decode(errors="replace"))
+        how = died.signal_name or f"exit code {died.exit_code}"
+        return Verdict(stage="import", reason=f"importing it ended the process ({how})", dangerous=True)
+
+
+def _try_out(name: str, target: str) -> Verdict:
+    stage: Stage = "import"
+    try:
+        plugin = hookspecs.import_plugin(target)
+        stage = "register"
+        manager = hookspecs.new_manager()
+        manager.register(plugin, name)
+        manager.check_pending()
+        stage = "probe"
+        manager.hook.tars_probe(model=None, limits=ProbeLimits())
+    except SystemExit as error:
+        return Verdict(stage=stage, reason=f"it called sys.exit({error.code!r})")
+    except Exception as error:  # noqa: BLE001 - whatever a plugin raises is the verdict
+        return Verdict(stage=stage, reason=f"{type(error).__name__}: {error}")
+    return Verdict()
+
+
+def main() -> None:
+    """Examine the plugin named on the command line; print the verdict as JSON on the real stdout."""
+    _, write = childprocess.claim_stdio()
+    childprocess.exit_with_parent()
+    verdict = _try_out(sys.argv[1], sys.argv[2])
+    os.write(write, msgspec.json.encode(verdict))
+    os._exit(0)  # threads a plugin started, or its exit handlers, must not turn a good verdict into a hang
+
+
+if __name__ == "__main__":
+    main()

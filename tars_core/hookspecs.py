@@ -1,0 +1,172 @@
+"""The plugin contract, generation 1. Each hook's docstring is the contract's text.
+
+A plugin is a module or an object that implements a subset of these hooks, marked with
+``tars_core.plugin.hookimpl`` and registered under the entry-point group ``tars.plugins.v1``::
+
+    [project.entry-points."tars.plugins.v1"]
+    echo = "tars_echo"
+
+The host process calls ``tars_probe`` and ``tars_models``; ``tars_load``, ``tars_generate`` and ``tars_unload`` run
+in a worker process of their own. Each call goes to one plugin only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import pluggy
+
+from tars_core.events import BackendEvent
+from tars_core.schema import (
+    GenerateRequest,
+    LoadOptions,
+    ModelRef,
+    OfferedModel,
+    ProbeLimits,
+    ProbeReport,
+)
+
+PROJECT = "tars"
+GROUP = "tars.plugins.v1"
+GROUP_STEM = "tars.plugins.v"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+CancelFlag: TypeAlias = threading.Event
+"""Set once the request or the load is no longer wanted; ``wait(seconds)`` sleeps until then."""
+
+ProgressCallback: TypeAlias = Callable[[float, str], None]
+"""``progress(fraction, note)``: 0 to 1, and what is going on. Every call counts as a sign of life."""
+
+
+class LoadedModel:
+    """A model in memory. Derive from it to hold whatever the backend needs to run it.
+
+    device
+        Where it really runs, as a fact: ``cpu``, ``cuda:0``, ``metal``, …
+    context_length
+        Tokens one request can use, prompt and answer together.
+    concurrency
+        Requests it runs at once; the engine never hands it more.
+    chat_template, bos_token, eos_token
+        The model's own jinja template and the texts of the two tokens; no template: prompts stay plain text.
+    adds_bos
+        Whether its tokenizer puts a BOS token in front of every text.
+    context_shrunk
+        Set where memory forced a shorter context than was asked for: an overflow then moves on to the next
+        candidate instead of being the caller's mistake.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is one fact about the model
+        self,
+        *,
+        device: str,
+        context_length: int,
+        concurrency: int = 1,
+        chat_template: str | None = None,
+        bos_token: str = "",
+        eos_token: str = "",
+        adds_bos: bool = False,
+        context_shrunk: bool = False,
+    ) -> None:
+        self.device = device
+        self.context_length = context_length
+        self.concurrency = concurrency
+        self.chat_template = chat_template
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.adds_bos = adds_bos
+        self.context_shrunk = context_shrunk
+
+
+@runtime_checkable
+class BatchedModel(Protocol):
+    """A :class:`LoadedModel` that runs many requests in one loop, instead of ``tars_generate``.
+
+    All three methods are called from one thread. What a step returns is sent as one frame.
+    """
+
+    def submit(self, request_id: int, request: GenerateRequest) -> None:
+        """Take a request up; raise a :class:`~tars_core.errors.RequestError` to refuse it."""
+
+    def step(self) -> Sequence[tuple[int, BackendEvent | Exception]]:
+        """Advance all requests by about a token; return each one's events, or the error that ended it.
+
+        Called again and again while a request is active. Return within about 50 ms, with nothing if need be.
+        """
+
+    def cancel(self, request_id: int) -> None:
+        """Stop a request; its last event is ``Finished(finish_reason="cancelled", …)``, from the next steps."""
+
+
+def import_plugin(target: str) -> object:
+    """Import an entry point's value, ``module`` or ``module:attribute``."""
+    module, _, attribute = target.partition(":")
+    plugin: object = importlib.import_module(module)
+    for name in attribute.split(".") if attribute else ():
+        plugin = getattr(plugin, name)
+    return plugin
+
+
+def new_manager() -> pluggy.PluginManager:
+    """Return a plugin manager that knows the hooks and no plugin."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(TarsSpec)
+    return manager
+
+
+class TarsSpec:
+    """The hooks."""
+
+    @hookspec(firstresult=True)
+    def tars_probe(self, model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | None:
+        """Say whether this machine can run ``model`` with this backend.
+
+        ``model=None`` asks about the backend itself: is its runtime installed, its daemon up, on which device.
+
+        Return within ``limits.deadline_s`` and do not import the runtime: look at files, sockets and
+        ``importlib.metadata``. Report facts only; the core ranks.
+
+        ``None``: not a kind of model of mine. ``available=False``: mine, but ``reason`` stands in the way.
+        """
+
+    @hookspec(firstresult=True)
+    def tars_models(self) -> Sequence[OfferedModel]:
+        """Name the models this plugin brings along or can list. No network, no import of a runtime."""
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def tars_load(
+        self, model: ModelRef, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag
+    ) -> LoadedModel:
+        """Load ``model``. Runs in the worker, once per process.
+
+        Call ``progress`` when there is something to tell. Return early, with any error, once ``cancel`` is set.
+        Download nothing unless ``options.allow_download``.
+
+        Raise :class:`~tars_core.errors.LoadFailed` with the reason, or :class:`~tars_core.errors.OutOfMemory`.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def tars_generate(
+        self, loaded: LoadedModel, request: GenerateRequest, cancel: CancelFlag
+    ) -> Iterator[BackendEvent]:
+        """Answer ``request``: ``Progress`` and ``TextDelta`` in any number, then exactly one ``Finished``.
+
+        Every value of ``request.sampling`` is to be honoured as its docstring says, stop strings included: the
+        text ends before the first of them (``tars_core.plugin.StopFilter`` helps). A prompt that does not fit is
+        refused with :class:`~tars_core.errors.ContextLengthExceeded` before decoding; nothing is truncated.
+
+        Once ``cancel`` is set, stop within a token and finish with ``finish_reason="cancelled"``.
+        Called from several threads at once if ``loaded.concurrency`` is above 1.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def tars_unload(self, loaded: LoadedModel) -> None:
+        """Free what ``loaded`` holds. Optional: the process ends right after it."""

@@ -1,0 +1,141 @@
+"""From settings and what is installed to a decision. Blocking: discovery starts processes, probes look at files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import msgspec
+
+from tars_core import ranking, registry
+from tars_core.errors import BackendUnavailable, ConfigError
+from tars_core.schema import BackendStatus, Decision, ModelRef, ProbeLimits, ProbeReport, Rejection
+from tars_core.settings import Settings, cache_folder
+from tars_core.sources import memory
+from tars_core.sources.resolve import resolve
+
+_NO_BACKEND = (
+    "install one; from a clone of the repository:"
+    " pip install . ./plugins/tars-xllamacpp   (llama.cpp, prebuilt, no compiler)"
+)
+
+
+class Planner:
+    """Decides for one engine. Discovery happens once, on the first question."""
+
+    def __init__(self, settings: Settings, plugins: Mapping[str, object]) -> None:
+        self._settings = settings
+        self._objects = plugins
+        self._registry: registry.Registry | None = None
+
+    def plugin(self, name: str) -> tuple[str | None, object]:
+        """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself."""
+        found = self._discovered()
+        return found.get(name).target, found.plugin_object(name)
+
+    def _discovered(self, *, recheck: bool = False) -> registry.Registry:
+        if self._registry is None:
+            self._registry = registry.discover(
+                choice=registry.Choice.parse(self._settings.plugins),
+                cache=cache_folder(),
+                first_import_s=self._settings.limits.import_s,
+                recheck=recheck,
+                extra=self._objects,
+            )
+        return self._registry
+
+    def decide(self, running: frozenset[ranking.Key]) -> Decision:
+        """Return what would be tried, in order; ``running`` is loaded already. Raises where nothing can be."""
+        found = self._discovered()
+        backends = [p.name for p in found.plugins if found.is_backend(p.name)]
+        limits = ProbeLimits(deadline_s=self._settings.limits.probe_s)
+        self._check_named(found, backends)
+        model = resolve(self._settings.model, aliases=self._settings.models, offered=found.offered_models(limits))
+        reports = {
+            key: _vouched(report, model.weights_ids.get(key[1]))
+            for key, report in found.probe(((b, ref) for ref in model.refs for b in backends), limits).items()
+        }
+        candidates, rejected = ranking.rank(reports, self._policy(model.refs, running))
+        rejected += tuple(
+            Rejection(backend=q.name, reason=f"put aside ({q.stage}): {q.reason}", hint=q.mend)
+            for q in found.quarantined
+        )
+        asked = {key[0] for key in reports}
+        rejected += tuple(
+            Rejection(backend=b, reason=f"does not run models like {model.name}")
+            for b in backends
+            if b not in asked and b in {p.name for p in found.plugins}
+        )
+        if not candidates:
+            raise BackendUnavailable(
+                f"no backend can run {model.name}",
+                reasons={r.backend: r.reason for r in rejected},
+                hint=next((r.hint for r in rejected if r.hint), None) or _NO_BACKEND,
+            )
+        return Decision(model=model.name, candidates=candidates, rejected=rejected, notice=model.notice)
+
+    def _check_named(self, found: registry.Registry, backends: list[str]) -> None:
+        quarantined = {q.name: q for q in found.quarantined}
+        named = self._settings.backend
+        if named is not None and named not in backends:
+            if named in quarantined:
+                q = quarantined[named]
+                raise BackendUnavailable(f"the backend {named} cannot be used", reasons={named: q.reason}, hint=q.mend)
+            near = difflib.get_close_matches(named, backends, n=1)
+            raise ConfigError(
+                f"there is no backend {named!r}; installed: {', '.join(backends) or 'none'}",
+                hint=f"did you mean {near[0]}?" if near else _NO_BACKEND,
+            )
+        if not backends:
+            raise BackendUnavailable(
+                "no backend is installed",
+                reasons={name: f"put aside ({q.stage}): {q.reason}" for name, q in quarantined.items()},
+                hint=_NO_BACKEND,
+            )
+
+    def _policy(self, refs: tuple[ModelRef, ...], running: frozenset[ranking.Key]) -> ranking.Policy:
+        return ranking.Policy(
+            order=self._settings.prefer,
+            only=self._settings.backend,
+            forbidden=frozenset(p.name for p in self._discovered().plugins if self._settings.forbids(p.name)),
+            models=refs,
+            free_memory_bytes=memory.free_bytes(),
+            running=running,
+            require_device=self._settings.require_device,
+        )
+
+    def statuses(self) -> tuple[BackendStatus, ...]:
+        """Return the state of every installed plugin, quarantined ones included."""
+        found = self._discovered(recheck=True)
+        limits = ProbeLimits(deadline_s=self._settings.limits.probe_s)
+        reports = found.probe([(p.name, None) for p in found.plugins], limits)
+        working = [_status(p, reports.get((p.name, None)), found.is_backend(p.name)) for p in found.plugins]
+        aside = [
+            BackendStatus(
+                name=q.name,
+                distribution=q.distribution,
+                version=q.version,
+                available=False,
+                reason=q.reason,
+                hint=q.mend,
+                quarantined=q.stage,
+            )
+            for q in found.quarantined
+        ]
+        return tuple(sorted([*working, *aside], key=lambda status: status.name))
+
+
+def _status(plugin: registry.InstalledPlugin, report: ProbeReport | None, runs_models: bool) -> BackendStatus:  # noqa: FBT001
+    return BackendStatus(
+        name=plugin.name,
+        distribution=plugin.distribution,
+        version=plugin.version,
+        available=(report.available if report else False) if runs_models else None,
+        device=report.device if report else None,
+        reason=report.reason if report else "it did not answer its probe" if runs_models else None,
+        hint=report.hint if report else None,
+    )
+
+
+def _vouched(report: ProbeReport, weights_id: str | None) -> ProbeReport:
+    return msgspec.structs.replace(report, weights_id=weights_id) if weights_id else report

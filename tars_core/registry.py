@@ -1,0 +1,295 @@
+"""Which plugins are installed, which of them can be trusted, and how one of them is asked.
+
+Discovery is a loop of its own over the entry points: one broken plugin must not stop the others, which pluggy's
+loader would let it. What fails is put aside with the stage, the reason and the mend.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar
+
+import msgspec
+import pluggy
+
+from tars_core import first_import, hookspecs
+from tars_core.schema import ModelRef, OfferedModel, ProbeLimits, ProbeReport
+
+Stage: TypeAlias = Literal["discovery", "generation", "import", "register", "probe"]
+
+_MENDS: dict[Stage, str] = {
+    "discovery": "uninstall one of the two",
+    "generation": "upgrade tars-core or the plugin, so that both speak the same generation",
+    "import": "pip install --force-reinstall {distribution}, or uninstall it",
+    "register": "upgrade {distribution}; its hooks are not those of this tars-core",
+    "probe": "upgrade {distribution} or report it to its authors",
+}
+
+
+M = TypeVar("M", ModelRef, None)
+K = TypeVar("K")
+
+
+class InstalledPlugin(msgspec.Struct, frozen=True, kw_only=True):
+    """A plugin that can be asked. ``target`` is ``None`` for an object that is no entry point."""
+
+    name: str
+    distribution: str
+    version: str
+    target: str | None
+
+
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """A plugin put aside: it is never asked again in this process."""
+
+    name: str
+    distribution: str
+    version: str
+    stage: Stage
+    reason: str
+    mend: str
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """Which plugins may be imported at all, before any is. An empty ``allow`` admits all."""
+
+    allow: frozenset[str] = frozenset()
+    deny: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """Read ``TARS_PLUGINS``: names between commas; one that begins with ``-`` is denied.
+
+        >>> Choice.parse("llamacpp, -ollama").deny
+        frozenset({'ollama'})
+        """
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        return cls(
+            allow=frozenset(n for n in names if not n.startswith("-")),
+            deny=frozenset(n[1:] for n in names if n.startswith("-")),
+        )
+
+    def admits(self, name: str) -> bool:
+        """Say whether the plugin may be imported."""
+        return name not in self.deny and (not self.allow or name in self.allow)
+
+
+class Registry:
+    """The plugins of one engine."""
+
+    def __init__(self) -> None:
+        self._manager = hookspecs.new_manager()
+        self._plugins: dict[str, InstalledPlugin] = {}
+        self._objects: dict[str, object] = {}
+        self.quarantined: list[Quarantined] = []
+
+    @property
+    def plugins(self) -> Sequence[InstalledPlugin]:
+        """What can be asked, by name."""
+        return tuple(self._plugins[name] for name in sorted(self._plugins))
+
+    def get(self, name: str) -> InstalledPlugin:
+        """Return one plugin that is not in quarantine; raises ``KeyError``."""
+        return self._plugins[name]
+
+    def plugin_object(self, name: str) -> object:
+        """Return what was registered under ``name``."""
+        return self._objects[name]
+
+    def is_backend(self, name: str) -> bool:
+        """Say whether the plugin runs models (one that only names models does not)."""
+        return self._implements(name, "tars_load")
+
+    def add(self, plugin: InstalledPlugin, value: object) -> None:
+        """Register ``value``; raises what pluggy raises for hooks that are none of ours."""
+        self._manager.register(value, plugin.name)
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError:
+            self._manager.unregister(name=plugin.name)
+            raise
+        self._plugins[plugin.name] = plugin
+        self._objects[plugin.name] = value
+
+    def quarantine(self, plugin: InstalledPlugin, stage: Stage, reason: str) -> None:
+        """Put a plugin aside, with the mend that belongs to the stage."""
+        if self._plugins.pop(plugin.name, None) is not None:
+            del self._objects[plugin.name]
+            self._manager.unregister(name=plugin.name)
+        self.quarantined.append(
+            Quarantined(
+                name=plugin.name,
+                distribution=plugin.distribution,
+                version=plugin.version,
+                stage=stage,
+                reason=reason,
+                mend=_MENDS[stage].format(distribution=plugin.distribution),
+            )
+        )
+
+    def probe(self, questions: Iterable[tuple[str, M]], limits: ProbeLimits) -> dict[tuple[str, M], ProbeReport]:
+        """Ask each named plugin about each model (or, with ``None``, about itself), all at once, in threads.
+
+        A plugin whose probe raises, exits, returns something else or exceeds ``limits.deadline_s`` is quarantined.
+        Models that are not a plugin's kind are left out.
+        """
+        asked = [(name, model) for name, model in questions if self._implements(name, "tars_probe")]
+        answers = _all_at_once({key: self._question(*key, limits) for key in asked}, deadline_s=limits.deadline_s)
+        reports: dict[tuple[str, M], ProbeReport] = {}
+        for key, answer in answers.items():
+            plugin = self._plugins.get(key[0])
+            if plugin is None or answer is None:
+                continue
+            if isinstance(answer, ProbeReport):
+                reports[key] = answer
+            else:
+                self.quarantine(plugin, "probe", f"tars_probe: {_fault(answer, limits.deadline_s)}")
+        return {key: report for key, report in reports.items() if key[0] in self._plugins}
+
+    def offered_models(self, limits: ProbeLimits) -> dict[ModelRef, OfferedModel]:
+        """Return the models the plugins name, by their names; the first plugin by name wins."""
+        names = [p.name for p in self.plugins if self._implements(p.name, "tars_models")]
+        answers = _all_at_once({name: self._only(name, "tars_models") for name in names}, deadline_s=limits.deadline_s)
+        offered: dict[ModelRef, OfferedModel] = {}
+        for name, answer in answers.items():
+            if isinstance(answer, Sequence) and all(isinstance(m, OfferedModel) for m in answer):
+                for model in answer:
+                    offered.setdefault(model.name, model)
+            else:
+                self.quarantine(self._plugins[name], "probe", f"tars_models: {_fault(answer, limits.deadline_s)}")
+        return offered
+
+    def _question(self, name: str, model: ModelRef | None, limits: ProbeLimits) -> Callable[[], object]:
+        hook = self._only(name, "tars_probe")
+        return lambda: hook(model=model, limits=limits)
+
+    def _only(self, name: str, hook: str) -> pluggy.HookCaller:
+        """Return one plugin's hook alone: fanned out, one that raises would stop the rest."""
+        others = [value for other, value in self._objects.items() if other != name]
+        return self._manager.subset_hook_caller(hook, others)
+
+    def _implements(self, name: str, hook: str) -> bool:
+        if name not in self._objects:
+            return False
+        return any(impl.plugin_name == name for impl in getattr(self._manager.hook, hook).get_hookimpls())
+
+
+def discover(
+    *,
+    choice: Choice,
+    cache: Path,
+    first_import_s: float = 10.0,
+    recheck: bool = False,
+    extra: Mapping[str, object] | None = None,
+) -> Registry:
+    """Find, check and register what is installed; never raises for a plugin's fault.
+
+    ``recheck`` examines anew what crashed or hung before. ``extra`` are plugin objects that are no entry points.
+    """
+    registry = Registry()
+    for name, value in sorted((extra or {}).items()):
+        registry.add(InstalledPlugin(name=name, distribution="(object)", version="", target=None), value)
+    memory = first_import.Memory(cache / "plugins")
+    installed = [p for p in _entry_points(registry) if choice.admits(p.name)]
+    suspects = {p.name: _suspect(p) for p in installed}
+    verdicts = {n: v for n, s in suspects.items() if (v := memory.recall(s, trust_bad=not recheck))}
+    unknown = [s for n, s in suspects.items() if n not in verdicts]
+    if unknown:
+        examined = first_import.examine(unknown, limit_s=first_import_s)
+        for suspect in unknown:
+            memory.keep(suspect, examined[suspect.name])
+        verdicts |= examined
+    for plugin in installed:
+        verdict = verdicts[plugin.name]
+        if verdict.stage is not None:
+            registry.quarantine(plugin, verdict.stage, verdict.reason)
+            continue
+        stage: Stage = "import"
+        try:
+            value = hookspecs.import_plugin(plugin.target or "")
+            stage = "register"
+            registry.add(plugin, value)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin must not stop the others
+            registry.quarantine(plugin, stage, f"{type(error).__name__}: {error}")
+    return registry
+
+
+def _entry_points(registry: Registry) -> list[InstalledPlugin]:
+    """List what is installed, sorted; quarantine doubles and plugins of another generation."""
+    found: dict[str, InstalledPlugin] = {}
+    other: list[tuple[InstalledPlugin, str]] = []
+    taken = {p.name for p in registry.plugins}
+    everything = importlib.metadata.entry_points()
+    groups = sorted(group for group in everything.groups if group.startswith(hookspecs.GROUP_STEM))
+    entries = [entry for group in groups for entry in everything.select(group=group)]
+    for entry in sorted(entries, key=lambda e: (e.name, e.dist.name if e.dist else "", e.value)):
+        plugin = InstalledPlugin(
+            name=entry.name,
+            distribution=entry.dist.name if entry.dist else "(unknown)",
+            version=entry.dist.version if entry.dist else "",
+            target=entry.value,
+        )
+        if entry.group != hookspecs.GROUP:
+            other.append((plugin, entry.group))
+        elif plugin == found.get(entry.name):
+            continue  # one distribution seen twice: an editable install beside its own metadata
+        elif entry.name in found or entry.name in taken:
+            winner = found[entry.name].distribution if entry.name in found else "an object given in code"
+            registry.quarantine(plugin, "discovery", f"the name {entry.name} is taken by {winner}")
+        else:
+            found[entry.name] = plugin
+    for plugin, group in other:
+        if plugin.name not in found:
+            registry.quarantine(
+                plugin, "generation", f"it is written for {group}, this tars-core speaks {hookspecs.GROUP}"
+            )
+    return [found[name] for name in sorted(found)]
+
+
+def _suspect(plugin: InstalledPlugin) -> first_import.Suspect:
+    return first_import.Suspect(
+        name=plugin.name,
+        target=plugin.target or "",
+        distribution=plugin.distribution,
+        version=plugin.version,
+    )
+
+
+class _TooLate:
+    """Stands for an answer that did not come in time."""
+
+
+def _all_at_once(calls: Mapping[K, Callable[[], object]], *, deadline_s: float) -> dict[K, object]:
+    """Run all calls in daemon threads; an answer is the value, the exception, or ``_TooLate``."""
+    results: queue.SimpleQueue[tuple[K, object]] = queue.SimpleQueue()
+
+    def call(key: K, function: Callable[[], object]) -> None:
+        try:
+            results.put((key, function()))
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller
+            results.put((key, error))
+
+    for key, function in calls.items():
+        threading.Thread(target=call, args=(key, function), name=f"tars-ask-{key}", daemon=True).start()
+    answers: dict[K, object] = {}
+    deadline = time.monotonic() + deadline_s
+    while len(answers) < len(calls):
+        try:
+            key, answer = results.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        answers[key] = answer
+    return {key: answers.get(key, _TooLate()) for key in calls}
+
+
+def _fault(answer: object, deadline_s: float) -> str:
+    if isinstance(answer, _TooLate):
+        return f"no answer within {deadline_s:g} s"
+    if isinstance(answer, BaseException):
+        return f"{type(answer).__name__}: {answer}"
+    return f"it returned {type(answer).__name__}"

@@ -1,0 +1,1 @@
+"""What models this machine has, and what their files say about themselves."""
