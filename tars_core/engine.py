@@ -52,7 +52,7 @@ class InferenceEngine:
 
     ``config`` and ``settings`` are the same thing, as a mapping and as keywords; see
     :class:`~tars_core.settings.Settings` for all of them. ``use_NAME=False`` forbids a backend.
-    ``plugins`` are plugin objects that are not installed; they run in this process.
+    ``extra_plugins`` are plugin objects that are not installed, by name; they run in this process.
     ``on_load(backend, fraction, note)`` is told of loading, on the engine's own thread.
 
     Nothing is imported, probed or loaded before the first question. Safe to use from several threads.
@@ -65,7 +65,7 @@ class InferenceEngine:
         *,
         backend: str | None = None,
         model: str | os.PathLike[str] | None = None,
-        plugins: Mapping[str, object] | None = None,
+        extra_plugins: Mapping[str, object] | None = None,
         on_load: OnLoad | None = None,
         **settings: object,
     ) -> None:
@@ -77,7 +77,7 @@ class InferenceEngine:
         if model is not None:
             arguments["model"] = os.fspath(model)
         self.settings = load_settings(arguments)
-        self._plugins = dict(plugins or {})
+        self._plugins = dict(extra_plugins or {})
         self._on_load = on_load
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -84,7 +84,7 @@ class Planner:
             near = difflib.get_close_matches(named, backends, n=1)
             raise ConfigError(
                 f"there is no backend {named!r}; installed: {', '.join(backends) or 'none'}",
-                hint=f"did you mean {near[0]}?" if near else _NO_BACKEND,
+                hint=f"did you mean {near[0]}?" if near else "tars backends shows all" if backends else _NO_BACKEND,
             )
         if not backends:
             raise BackendUnavailable(

@@ -370,4 +370,5 @@ def _check_whole(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise errors.RequestError(f"{name} must be a whole number, not {value!r:.40}")
     if not low <= value <= high:
-        raise errors.RequestError(f"{name} is {value}", hint=f"it lies in [{low}, {high}]")
+        hint = f"it is at least {low}" if value < low else f"it is at most {high}"
+        raise errors.RequestError(f"{name} is {value}", hint=hint)

@@ -269,8 +269,9 @@ class _Reader:
 
 
 def _weights_id(data: mmap.mmap, start: int, infos: list[tuple[str, int, int, bytes]]) -> str:
-    """Digest names, shapes, types, and 8 KiB of each tensor: whole files take minutes, and weights that differ at
-    all differ nearly everywhere.
+    """Digest names, shapes, types, and 8 KiB of each tensor.
+
+    Whole files take minutes, and weights that differ at all differ nearly everywhere.
     """
     digest = hashlib.sha256()
     for _, offset, size, described in sorted(infos):

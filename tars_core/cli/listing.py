@@ -1,0 +1,83 @@
+"""``tars backends`` and ``tars plan``: what there is, on 80 columns."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+import click
+
+from tars_core.cli.plain import dump
+from tars_core.schema import BackendStatus, Candidate, Decision
+
+_GIB = 2**30
+_INDENT = "    "
+
+
+def backends(statuses: Sequence[BackendStatus], *, as_json: bool) -> None:
+    """Print one line a plugin; below it the reason and the mend where it does not work."""
+    if as_json:
+        click.echo(dump(list(statuses)))
+        return
+    if not statuses:
+        click.echo("no plugin is installed", err=True)
+        return
+    rows = [(status.name, _state(status), status.device or "-", status.version) for status in statuses]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for status, row in zip(statuses, rows, strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[1] = click.style(cells[1], fg=_colour(status))
+        click.echo("  ".join(cells).rstrip())
+        _note(status.reason, status.hint)
+
+
+def plan(decision: Decision, *, as_json: bool) -> None:
+    """Print the candidates in order with their reasons, then what was rejected."""
+    if as_json:
+        click.echo(dump(decision))
+        return
+    click.echo(f"model {decision.model}")
+    for place, candidate in enumerate(decision.candidates, start=1):
+        click.echo(f"{place}. {click.style(candidate.backend, bold=True)}  {_facts(candidate)}")
+        _note(", ".join(candidate.reasons), None)
+    for rejection in decision.rejected:
+        click.echo(f"-  {rejection.backend}  {click.style('not tried', fg='yellow')}")
+        _note(rejection.reason, rejection.hint)
+
+
+def _state(status: BackendStatus) -> str:
+    if status.quarantined:
+        return f"put aside ({status.quarantined})"
+    if status.available is None:
+        return "brings a model"
+    return "available" if status.available else "unavailable"
+
+
+def _colour(status: BackendStatus) -> str:
+    if status.quarantined:
+        return "red"
+    return "yellow" if status.available is False else "green"
+
+
+def _facts(candidate: Candidate) -> str:
+    facts = [candidate.model.path.name if candidate.model.path else str(candidate.model)]
+    if candidate.report.memory_bytes is not None:
+        facts.append(f"{candidate.report.memory_bytes / _GIB:.1f} GiB")
+    return "  ".join(facts)
+
+
+def _note(reason: str | None, hint: str | None) -> None:
+    width = shutil.get_terminal_size().columns
+    for text, lead in ((reason, ""), (hint, "→ ")):
+        if text:
+            click.echo(
+                textwrap.fill(
+                    lead + text,
+                    width,
+                    initial_indent=_INDENT,
+                    subsequent_indent=_INDENT + " " * len(lead),
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )

@@ -1,0 +1,345 @@
+"""A backend that does what a script says: answers, pauses, breaks rules, crashes.
+
+Register any name as an entry point, ``alpha = "tars_core.testing.fake:alpha"``, and ask for the model
+``fake:PATH``, the path of a JSON file in the form of :class:`Script`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import msgspec
+
+from tars_core.plugin import (
+    BackendEvent,
+    CancelFlag,
+    ContextLengthExceeded,
+    Finished,
+    GenerateRequest,
+    GenerationFailed,
+    LoadedModel,
+    LoadFailed,
+    LoadOptions,
+    ModelRef,
+    OutOfMemory,
+    ProbeLimits,
+    ProbeReport,
+    Progress,
+    ProgressCallback,
+    RequestError,
+    TextDelta,
+    Usage,
+    hookimpl,
+)
+
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (GenerationFailed, LoadFailed, OutOfMemory, RequestError, RuntimeError, MemoryError)
+}
+_BASE_ERRORS: dict[str, type[BaseException]] = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}
+
+
+class Say(msgspec.Struct, tag="say", frozen=True):
+    """Yield ``text`` as one delta."""
+
+    text: str
+
+
+class Echo(msgspec.Struct, tag="echo", frozen=True):
+    """Yield the prompt, a character at a time."""
+
+
+class Seed(msgspec.Struct, tag="seed", frozen=True):
+    """Yield the seed."""
+
+
+class Wait(msgspec.Struct, tag="wait", frozen=True):
+    """Do nothing for so long, or until cancelled; ``deaf`` waits on when cancelled."""
+
+    seconds: float
+    deaf: bool = False
+
+
+class ReadPrompt(msgspec.Struct, tag="read_prompt", frozen=True):
+    """Yield ``Progress``."""
+
+    tokens: int
+
+
+class Raise(msgspec.Struct, tag="raise", frozen=True):
+    """Raise an exception by its name."""
+
+    kind: str
+    message: str = ""
+
+
+class Overflow(msgspec.Struct, tag="overflow", frozen=True):
+    """Refuse the prompt as too long."""
+
+    prompt_tokens: int = 600
+
+
+class Kill(msgspec.Struct, tag="kill", frozen=True):
+    """End this process by a signal; with ``once``, only while that file does not exist, which is then made."""
+
+    signal: str = "SIGKILL"
+    once: str | None = None
+
+
+class Exit(msgspec.Struct, tag="exit", frozen=True):
+    """End this process with an exit code."""
+
+    code: int = 3
+
+
+class Print(msgspec.Struct, tag="print", frozen=True):
+    """Write to fd 1, as native code does."""
+
+    text: str
+
+
+class Complain(msgspec.Struct, tag="complain", frozen=True):
+    """Write to stderr."""
+
+    text: str
+
+
+class YieldJunk(msgspec.Struct, tag="yield_junk", frozen=True):
+    """Yield what is no event."""
+
+
+class Finish(msgspec.Struct, tag="finish", frozen=True):
+    """Yield ``Finished``; the script goes on behind it."""
+
+
+class Fork(msgspec.Struct, tag="fork", frozen=True):
+    """Leave a grandchild behind that holds all pipes open for so long."""
+
+    seconds: float
+
+
+Act: TypeAlias = (
+    Say
+    | Echo
+    | Seed
+    | Wait
+    | ReadPrompt
+    | Raise
+    | Overflow
+    | Kill
+    | Exit
+    | Print
+    | Complain
+    | YieldJunk
+    | Finish
+    | Fork
+)
+
+
+class BackendScript(msgspec.Struct, frozen=True):
+    """What one fake backend does."""
+
+    available: bool = True
+    reason: str | None = None
+    hint: str | None = None
+    device: str = "cpu"
+    weights_id: str | None = None
+    memory_bytes: int | None = None
+    preference: int = 50
+    probe: list[Act] = []
+    load: list[Act] = []
+    generate: list[Act] = [Say("hello"), Finish()]
+    batched: bool = False
+    concurrency: int = 4
+    context_shrunk: bool = False
+    chat_template: str | None = None
+    returns: str | None = None
+    """What ``tars_generate`` returns instead of an iterator."""
+
+
+class Script(msgspec.Struct, frozen=True):
+    """Scripts by backend; a backend that is not named does not know the model."""
+
+    backends: dict[str, BackendScript]
+
+    @classmethod
+    def read(cls, path: str) -> Script:
+        """Read a script; raises ``OSError`` and ``msgspec.DecodeError``."""
+        return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+
+
+class FakeModel(LoadedModel):
+    """The script of a backend, loaded."""
+
+    def __init__(self, script: BackendScript) -> None:
+        super().__init__(
+            device=script.device,
+            context_length=512,
+            concurrency=script.concurrency,
+            chat_template=script.chat_template,
+            context_shrunk=script.context_shrunk,
+        )
+        self.script = script
+
+    def play(self, request: GenerateRequest, cancel: CancelFlag) -> Iterator[BackendEvent]:
+        """Act the script out; finishes as cancelled once ``cancel`` is set."""
+        said = 0
+        for act in self.script.generate:
+            for event in _act(act, request, cancel):
+                said += isinstance(event, TextDelta)
+                yield event
+                if cancel.is_set():
+                    break
+            if isinstance(act, Finish):
+                yield _finished(request, said, cancelled=cancel.is_set())
+            elif cancel.is_set():
+                yield _finished(request, said, cancelled=True)
+                return
+
+
+class BatchedFakeModel(FakeModel):
+    """The same behind submit, step and cancel."""
+
+    def __init__(self, script: BackendScript) -> None:
+        super().__init__(script)
+        self._running: dict[int, tuple[Iterator[BackendEvent], threading.Event]] = {}
+
+    def submit(self, request_id: int, request: GenerateRequest) -> None:
+        cancel = threading.Event()
+        self._running[request_id] = self.play(request, cancel), cancel
+
+    def step(self) -> Sequence[tuple[int, BackendEvent | Exception]]:
+        brought: list[tuple[int, BackendEvent | Exception]] = []
+        for request_id, (events, _) in list(self._running.items()):
+            try:
+                event: BackendEvent | Exception = next(events)
+            except StopIteration:
+                del self._running[request_id]
+                continue
+            except Exception as error:  # noqa: BLE001 - the contract takes an error as an event
+                event = error
+            brought.append((request_id, event))
+            if isinstance(event, Finished | Exception):
+                del self._running[request_id]
+        return brought
+
+    def cancel(self, request_id: int) -> None:
+        if request_id in self._running:
+            self._running[request_id][1].set()
+
+
+class FakeBackend:
+    """The hooks. ``name`` selects its part of the script."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @hookimpl
+    def tars_probe(self, model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | None:
+        """Report what the script says."""
+        del limits
+        if model is None:
+            return ProbeReport(available=True, device="cpu")
+        script = self._script(model)
+        if script is None:
+            return None
+        for act in script.probe:
+            for _ in _act(act, None, threading.Event()):
+                pass
+        return ProbeReport(
+            available=script.available,
+            reason=script.reason,
+            hint=script.hint,
+            device=script.device,
+            weights_id=script.weights_id,
+            memory_bytes=script.memory_bytes,
+            preference=script.preference,
+        )
+
+    @hookimpl
+    def tars_load(
+        self, model: ModelRef, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag
+    ) -> LoadedModel:
+        """Act the script's loading out."""
+        del options
+        script = self._script(model)
+        if script is None:
+            raise LoadFailed(f"{model} says nothing about {self._name}")
+        progress(0.0, "reading the script")
+        for act in script.load:
+            for _ in _act(act, None, cancel):
+                pass
+        progress(1.0, "done")
+        return BatchedFakeModel(script) if script.batched else FakeModel(script)
+
+    @hookimpl
+    def tars_generate(self, loaded: FakeModel, request: GenerateRequest, cancel: CancelFlag) -> Iterator[BackendEvent]:
+        """Act the script's answer out."""
+        if loaded.script.returns is not None:
+            return cast("Iterator[BackendEvent]", int(loaded.script.returns))
+        return loaded.play(request, cancel)
+
+    def _script(self, model: ModelRef) -> BackendScript | None:
+        return Script.read(model.rest).backends.get(self._name) if model.scheme == "fake" else None
+
+
+def __getattr__(name: str) -> FakeBackend:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return FakeBackend(name)
+
+
+def _finished(request: GenerateRequest, said: int, *, cancelled: bool) -> Finished:
+    usage = Usage(prompt_tokens=len(request.prompt.split()), completion_tokens=said)
+    return Finished(finish_reason="cancelled" if cancelled else "stop", usage=usage)
+
+
+def _act(act: Act, request: GenerateRequest | None, cancel: CancelFlag) -> Iterator[BackendEvent]:
+    match act:
+        case Say(text=text):
+            yield TextDelta(text=text)
+        case Echo() if request is not None:
+            yield from (TextDelta(text=character) for character in request.prompt)
+        case Seed() if request is not None:
+            yield TextDelta(text=str(request.sampling.seed))
+        case ReadPrompt(tokens=tokens):
+            yield Progress(prompt_tokens_done=tokens)
+        case YieldJunk():
+            yield cast("BackendEvent", "junk")
+        case _:
+            _do(act, cancel)
+
+
+def _do(act: Act, cancel: CancelFlag) -> None:
+    match act:
+        case Wait(seconds=seconds, deaf=deaf):
+            time.sleep(seconds) if deaf else cancel.wait(seconds)
+        case Raise(kind=kind, message=message):
+            raise _ERRORS[kind](message) if kind in _ERRORS else _BASE_ERRORS[kind](message)
+        case Overflow(prompt_tokens=prompt_tokens):
+            raise ContextLengthExceeded(prompt_tokens=prompt_tokens, context_length=512)
+        case Kill(signal=name, once=once):
+            if once is None or not Path(once).exists():
+                if once is not None:
+                    Path(once).touch()
+                os.kill(os.getpid(), signal.Signals[name])
+                time.sleep(60)  # SIGSTOP and signals on their way
+        case Exit(code=code):
+            os._exit(code)
+        case Print(text=text):
+            os.write(1, text.encode())
+        case Complain(text=text):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        case Fork(seconds=seconds):
+            if os.fork() == 0:
+                time.sleep(seconds)
+                os._exit(0)
+        case _:
+            pass
