@@ -10,7 +10,6 @@ Names are resolved on first use, so that ``import tars_core`` costs next to noth
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING
 
 from tars_core._version import __version__
@@ -92,8 +91,6 @@ __all__ = [
 
 _HOMES = ("errors", "schema", "events", "engine")
 """Where the names live, the cheapest to import first."""
-
-logging.getLogger("tars_core").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:

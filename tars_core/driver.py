@@ -35,7 +35,7 @@ from tars_core.schema import (
     Timings,
 )
 from tars_core.settings import Settings
-from tars_core.worker.host import Request, Worker
+from tars_core.worker.host import Request, Worker, WorkerGoneError
 from tars_core.worker.protocol import Load
 
 _log = logging.getLogger("tars_core.engine")
@@ -67,6 +67,8 @@ class _Place:
     def __init__(self) -> None:
         self.worker: Worker | None = None
         self.loading: asyncio.Task[Worker] | None = None
+        self.serial = 0
+        """Of the worker loaded, or tried, last."""
 
 
 class Driver:
@@ -176,7 +178,8 @@ class Driver:
             if worker is not None:
                 await worker.close()
         target, value = self._planner.plugin(candidate.backend)
-        place.worker = worker = Worker(candidate.backend)
+        worker = Worker(candidate.backend)
+        place.serial = worker.serial
         loaded = await worker.load(
             Load(
                 plugin=candidate.backend,
@@ -198,6 +201,7 @@ class Driver:
         if self.settings.require_device == "gpu" and loaded.device == "cpu":
             await worker.close()
             raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")
+        place.worker = worker
         return worker
 
     def _tell(self, backend: str, fraction: float, note: str) -> None:
@@ -240,19 +244,27 @@ class _Attempt:
     @property
     def incident(self) -> int:
         """Which worker's end this failure may have been."""
-        worker = self._worker or self._place.worker
-        return worker.serial if worker else 0
+        return self._worker.serial if self._worker else self._place.serial
 
     async def run(self, ask: Ask, sink: Sink, decision: Decision) -> Completion:
         """Load if need be, generate, and pass the text on."""
-        self._worker = worker = await self._load()
+        worker, request = await self._begin(ask)
+        self._worker = worker
         self._attempts.loaded()
-        request = await self._bounded(worker.generate(messages=ask.messages, prompt=ask.prompt, sampling=ask.sampling))
         try:
             finished = await self._relay(worker, request, sink)
         finally:
             request.abandon()
         return self._completion(worker, finished, decision)
+
+    async def _begin(self, ask: Ask) -> tuple[Worker, Request]:
+        while True:
+            worker = await self._load()
+            start = worker.generate(messages=ask.messages, prompt=ask.prompt, sampling=ask.sampling)
+            try:
+                return worker, await self._bounded(start)
+            except WorkerGoneError:
+                continue  # it died of another request while this one waited; nothing was tried yet
 
     async def _load(self) -> Worker:
         began = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import logging
 import os
 import queue
 import threading
@@ -32,6 +33,8 @@ _BENCHMARK_PROMPT = "¿Cuál es tu nombre?"
 _BENCHMARK_TOKENS = 32
 
 T = TypeVar("T")
+
+logging.getLogger("tars_core").addHandler(logging.NullHandler())  # silent unless the application listens
 
 
 class Sampling(TypedDict, total=False):

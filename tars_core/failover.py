@@ -92,14 +92,18 @@ class Circuits:
         """Note that a trial ended without saying anything about the backend: cancelled, or the caller's mistake."""
         self._circuit(key).trial = False
 
-    def failed(self, key: Key, now: float, *, incident: int, died: bool) -> None:
-        """Count a failure. Requests that failed by one ``incident`` (one worker's end) count once."""
+    def failed(self, key: Key, now: float, *, incident: int | None, died: bool) -> None:
+        """Count a failure.
+
+        Requests that failed by one ``incident`` (one worker's end, one load) count once; ``None`` is a failure of
+        this request alone.
+        """
         circuit = self._circuit(key)
         circuit.trial = False
-        if circuit.incident == incident and died:
+        if incident is not None and circuit.incident == incident:
             return
+        circuit.incident = incident
         if died:
-            circuit.incident = incident
             self._count_death(circuit, now)
         circuit.failures += 1
         if circuit.failures >= self._policy.failures:
@@ -215,7 +219,9 @@ class Attempts:
         """
         candidate = self._active()
         died = isinstance(error, WorkerDied)
-        self._circuits.failed((candidate.backend, candidate.model), now, incident=incident, died=died)
+        shared = died or self._stage == "load"
+        key = (candidate.backend, candidate.model)
+        self._circuits.failed(key, now, incident=incident if shared else None, died=died)
         self._record(candidate, now, Failure.of(error))
         outcome: TarsError | None = None
         if self._text:

@@ -73,9 +73,9 @@ def _user_order(key: Key, policy: Policy) -> int:
     return policy.order.index(key[0]) if key[0] in policy.order else len(policy.order)
 
 
-def _form(key: Key, policy: Policy) -> tuple[int, str]:
+def _form(key: Key, policy: Policy) -> tuple[int, str, str]:
     form = policy.models.index(key[1]) if key[1] in policy.models else len(policy.models)
-    return form, key[0]
+    return form, key[0], str(key[1])
 
 
 def _rank_key(item: tuple[Key, ProbeReport], policy: Policy) -> tuple[int, int, int, float, int, str]:

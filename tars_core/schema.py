@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -35,15 +35,16 @@ class ModelRef(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def parse(cls, text: str | Path) -> ModelRef:
-        """Read a reference. Raises :class:`~tars_core.errors.RequestError` where it is blank."""
+        """Read a reference. Raises :class:`~tars_core.errors.RequestError` where it is blank or no UTF-8."""
+        check_text("the model's name", str(text))
         if isinstance(text, Path):
-            return cls(scheme=_PATH, rest=str(text.expanduser()))
+            return cls(scheme=_PATH, rest=_expanded(text))
         if not text.strip():
             raise errors.RequestError("the model's name is blank", hint="tars plan shows what there is")
         scheme, colon, rest = text.partition(":")
         if colon and len(scheme) > 1 and scheme.replace("-", "").replace("_", "").isalnum():
             return cls(scheme=scheme.lower(), rest=rest)
-        return cls(scheme=_PATH, rest=str(Path(text).expanduser()))
+        return cls(scheme=_PATH, rest=_expanded(Path(text)))
 
     @property
     def path(self) -> Path | None:
@@ -98,13 +99,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_whole("max_tokens", self.max_tokens, 1, 2**63 - 1)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, 2**32 - 1)
-        if isinstance(self.stop, str) or not all(isinstance(s, str) for s in self.stop):
-            raise errors.RequestError(f"stop must be a list of strings, not {self.stop!r}")
-        if not all(self.stop):
-            raise errors.RequestError("a stop string is empty", hint="it would stop before the first token")
-        for text in self.stop:
+        if isinstance(self.stop, str) or not isinstance(self.stop, Iterable):
+            raise errors.RequestError(f"stop must be a list of strings, not {self.stop!r:.40}")
+        stop = tuple(self.stop)
+        for text in stop:
             check_text("stop", text)
-        msgspec.structs.force_setattr(self, "stop", tuple(self.stop))
+            if not text:
+                raise errors.RequestError("a stop string is empty", hint="it would stop before the first token")
+        msgspec.structs.force_setattr(self, "stop", stop)
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,9 +224,13 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
                 prompt_tokens=error.prompt_tokens,
                 context_length=error.context_length,
             )
-        if isinstance(error, errors.TarsError):
-            return cls(kind=type(error).__name__, message=error.message, hint=error.hint)
-        return cls(kind=type(error).__name__, message=f"{type(error).__name__}: {error}")
+        if isinstance(error, errors.TarsError):  # a plugin's own subclass counts as what it is derived from
+            kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
+            return cls(kind=kind, message=_utf8(error.message), hint=_utf8(error.hint) if error.hint else None)
+        # With its module: another library's RequestError is not the caller's mistake.
+        of = type(error)
+        kind = of.__name__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
+        return cls(kind=kind, message=_utf8(f"{of.__name__}: {error}"))
 
     def to_error(self, default: type[errors.BackendError]) -> errors.TarsError:
         """Rebuild the error; ``default`` stands for kinds that are not the worker's to raise."""
@@ -341,7 +347,7 @@ def check_messages(messages: Sequence[Message | dict[str, str]]) -> tuple[Messag
 
     Raises :class:`~tars_core.errors.RequestError` for none at all, an unknown role, or other keys.
     """
-    if isinstance(messages, str) or not messages:
+    if isinstance(messages, str) or not isinstance(messages, Iterable) or not messages:
         raise errors.RequestError("messages must be a list with at least one message")
     return tuple(_check_message(message) for message in messages)
 
@@ -361,9 +367,9 @@ def _check_number(  # noqa: PLR0913 - bounds and whether they are meant
     left, right = "(" if low_open else "[", ")" if high_open else "]"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise errors.RequestError(f"{name} must be a number, not {value!r:.40}")
-    inside = math.isfinite(value) and (low < value if low_open else low <= value)
+    inside = low < value if low_open else low <= value  # neither holds for NaN
     if not inside or not (value < high if high_open else value <= high):
-        raise errors.RequestError(f"{name} is {value!r}", hint=f"it lies in {left}{low:g}, {high:g}{right}")
+        raise errors.RequestError(f"{name} is {_shown(value)}", hint=f"it lies in {left}{low:g}, {high:g}{right}")
 
 
 def _check_whole(name: str, value: object, low: int, high: int) -> None:
@@ -371,4 +377,21 @@ def _check_whole(name: str, value: object, low: int, high: int) -> None:
         raise errors.RequestError(f"{name} must be a whole number, not {value!r:.40}")
     if not low <= value <= high:
         hint = f"it is at least {low}" if value < low else f"it is at most {high}"
-        raise errors.RequestError(f"{name} is {value}", hint=hint)
+        raise errors.RequestError(f"{name} is {_shown(value)}", hint=hint)
+
+
+def _shown(value: float) -> str:
+    # Python refuses to print whole numbers of more than 4,300 digits.
+    return repr(value) if isinstance(value, float) or abs(value) < 2**64 else "beyond 2**64"
+
+
+def _utf8(text: object) -> str:
+    """Make what came from a file's name or a library fit to be sent."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+def _expanded(path: Path) -> str:
+    try:
+        return str(path.expanduser())
+    except RuntimeError:  # no such user, no home: it stays as it is, as in a shell
+        return str(path)

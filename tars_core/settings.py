@@ -90,7 +90,8 @@ class Settings(pydantic_settings.BaseSettings):
 
     def forbids(self, backend: str) -> bool:
         """Say whether ``use`` forbids ``backend``; ``llama_cpp`` and ``llamacpp`` are one name."""
-        return any(not allowed and _same_name(name, backend) for name, allowed in self.use.items())
+        said = [allowed for name, allowed in self.use.items() if _same_name(name, backend)]
+        return bool(said) and not said[-1]  # a better source's keys come after a lesser one's
 
 
 def user_file() -> Path:
@@ -116,6 +117,8 @@ def load_settings(arguments: Mapping[str, object]) -> Settings:
             if not isinstance(value, bool):
                 raise ConfigError(f"setting {key} (argument): {value!r} is neither True nor False")
             use[key[len(_USE) :]] = value
+        elif key.startswith("_"):  # pydantic-settings takes these for its own options
+            raise ConfigError(f"unknown setting {key} (argument)")
         else:
             plain[key] = value
     if use:
@@ -125,7 +128,10 @@ def load_settings(arguments: Mapping[str, object]) -> Settings:
         return Settings(**plain)  # type: ignore[arg-type]  # what the values are is for pydantic to check
     except pydantic.ValidationError as error:
         raise _explain(error, arguments) from None
-    except (pydantic_settings.SettingsError, ValueError) as error:  # unreadable JSON or TOML
+    except pydantic_settings.SettingsError as error:
+        hint = 'lists and tables are JSON in the environment: TARS_PREFER=["ollama"]'
+        raise ConfigError(f"the environment's settings cannot be read: {error}", hint=hint) from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"the settings cannot be read: {error}", hint=f"look at {user_file()}") from error
 
 
@@ -149,7 +155,14 @@ def _explain(error: pydantic.ValidationError, arguments: Mapping[str, object]) -
 
 
 def _origin(place: list[str], arguments: Mapping[str, object]) -> str:
-    if place[0] in arguments:
+    given: object = arguments
+    for part in place:
+        if not isinstance(given, Mapping):
+            return "argument"
+        if part not in given:
+            break
+        given = given[part]
+    else:
         return "argument"
     for variable in (_ENV_PREFIX + "__".join(place).upper(), _ENV_PREFIX + place[0].upper()):
         if any(name.upper() == variable for name in os.environ):

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import jinja2
 import jinja2.ext
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tars_core.errors import GenerationFailed, RequestError
@@ -29,15 +30,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "", adds_bos: bool = False) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # Python's own compiler has a say too: SyntaxError, ValueError
             raise _at_fault(error) from error
         self._bos_token = bos_token
         self._eos_token = eos_token
@@ -81,7 +80,7 @@ class ChatTemplate:
             raise _at_fault(error) from error
         if prefill is None:
             return text
-        before, found, _ = text.partition(_PREFILL)
+        before, found, _ = text.rpartition(_PREFILL)
         if not found:
             raise GenerationFailed("the model's chat template drops a trailing assistant message")
         return before + prefill
@@ -108,6 +107,12 @@ def _at_fault(error: Exception) -> GenerationFailed:
     )
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
+        """Refuse at once: jinja's own answer prints as nothing, and the template would go on."""
+        raise SecurityError(f"access to {attribute!r} of {type(obj).__name__} is unsafe")
+
+
 class _Refused(jinja2.TemplateError):
     """A template's own ``raise_exception``: it does not take these messages."""
 
@@ -120,6 +125,12 @@ def _strftime_now(pattern: str) -> str:
     return dt.datetime.now().strftime(pattern)  # noqa: DTZ005 - a template means the user's own clock
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - Hugging Face's signature, which templates are written for
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
     """Unlike jinja's own ``tojson``, escape nothing for HTML: the reader is a model."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -40,11 +40,12 @@ class StopFilter:
         if self.stopped:
             return ""
         held = self._held + text
-        hits = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        # The first to be complete ends the text, not the first to begin: else the result hung on where pieces end.
+        hits = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if hits:
             self.stopped = True
             self._held = ""
-            return held[: min(hits)]
+            return held[: min(hits)[1]]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

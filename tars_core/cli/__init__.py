@@ -14,9 +14,11 @@ Answers go to stdout, everything else to stderr. Exit codes:
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
+
+from tars_core._version import __version__
+from tars_core.cli import output
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -24,17 +26,17 @@ _BROKEN_PIPE = 141
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    code = _INTERRUPTED
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        sys.stdout.write(f"tars {__version__}\n")  # a fifth of the time: importing click alone takes 60 ms
+        sys.exit(0)
     try:
         from tars_core.cli import app  # noqa: PLC0415 - Ctrl-C while importing is handled like any other
 
         code = app.run(sys.argv[1:])
-        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         code = _INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit; let that find the null device instead of a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except output.ReaderGoneError:
+        output.drop()
         code = _BROKEN_PIPE
     sys.exit(code)

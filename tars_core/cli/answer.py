@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from tars_core.cli import output
 from tars_core.cli.plain import dump
 from tars_core.errors import RequestError
 from tars_core.events import Finished, Started, TextDelta
@@ -32,14 +32,11 @@ def piped_prompt() -> str:
 
 def as_json(engine: InferenceEngine, prompt: str, system: str | None, sampling: Sampling) -> None:
     """Print the whole result as one JSON object."""
-    click.echo(dump(engine.complete(prompt, system, **sampling)))
+    output.write(dump(engine.complete(prompt, system, **sampling)))
 
 
 def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling: Sampling, *, quiet: bool) -> None:
     """Print the text as it comes, and how it came about."""
-    on_terminal = sys.stdout.isatty()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal gets ? instead of an exception
     ends_line = True
     try:
         for event in engine.stream(prompt, system, **sampling):
@@ -47,8 +44,7 @@ def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling:
                 case Started(decision=decision) if decision.notice and not quiet:
                     click.secho(f"note: {decision.notice}", err=True, dim=True)
                 case TextDelta(text=text):
-                    sys.stdout.write(text.translate(_CONTROLS) if on_terminal else text)
-                    sys.stdout.flush()
+                    output.write(text.translate(_CONTROLS) if output.on_terminal() else text)
                     ends_line = text.endswith("\n")
                 case Finished(completion=completion) if not quiet:
                     _end_line(ends_line)
@@ -60,8 +56,7 @@ def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling:
 
 def _end_line(ends_line: bool) -> None:  # noqa: FBT001 - the one thing it is told
     if not ends_line:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        output.write("\n")
 
 
 def summary(completion: Completion) -> str:

@@ -12,6 +12,7 @@ import click
 
 from tars_core import errors
 from tars_core._version import __version__
+from tars_core.cli import output
 
 if TYPE_CHECKING:
     from tars_core.engine import InferenceEngine, Sampling
@@ -141,4 +142,5 @@ def plan_command(model: str | None, backend: str | None, *, as_json: bool) -> No
 def _engine(model: str | None, backend: str | None) -> InferenceEngine:
     from tars_core.engine import InferenceEngine  # noqa: PLC0415 - --help and --version go without
 
+    output.claim_stdout()
     return InferenceEngine(model=model, backend=backend)

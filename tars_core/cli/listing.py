@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from tars_core.cli import output
 from tars_core.cli.plain import dump
 from tars_core.schema import BackendStatus, Candidate, Decision
 
@@ -18,7 +19,7 @@ _INDENT = "    "
 def backends(statuses: Sequence[BackendStatus], *, as_json: bool) -> None:
     """Print one line a plugin; below it the reason and the mend where it does not work."""
     if as_json:
-        click.echo(dump(list(statuses)))
+        output.write(dump(list(statuses)))
         return
     if not statuses:
         click.echo("no plugin is installed", err=True)
@@ -28,21 +29,21 @@ def backends(statuses: Sequence[BackendStatus], *, as_json: bool) -> None:
     for status, row in zip(statuses, rows, strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         cells[1] = click.style(cells[1], fg=_colour(status))
-        click.echo("  ".join(cells).rstrip())
+        _line("  ".join(cells).rstrip())
         _note(status.reason, status.hint)
 
 
 def plan(decision: Decision, *, as_json: bool) -> None:
     """Print the candidates in order with their reasons, then what was rejected."""
     if as_json:
-        click.echo(dump(decision))
+        output.write(dump(decision))
         return
-    click.echo(f"model {decision.model}")
+    _line(f"model {decision.model}")
     for place, candidate in enumerate(decision.candidates, start=1):
-        click.echo(f"{place}. {click.style(candidate.backend, bold=True)}  {_facts(candidate)}")
+        _line(f"{place}. {click.style(candidate.backend, bold=True)}  {_facts(candidate)}")
         _note(", ".join(candidate.reasons), None)
     for rejection in decision.rejected:
-        click.echo(f"-  {rejection.backend}  {click.style('not tried', fg='yellow')}")
+        _line(f"-  {rejection.backend}  {click.style('not tried', fg='yellow')}")
         _note(rejection.reason, rejection.hint)
 
 
@@ -67,11 +68,15 @@ def _facts(candidate: Candidate) -> str:
     return "  ".join(facts)
 
 
+def _line(text: str) -> None:
+    output.write((text if output.colours() else click.unstyle(text)) + "\n")
+
+
 def _note(reason: str | None, hint: str | None) -> None:
     width = shutil.get_terminal_size().columns
     for text, lead in ((reason, ""), (hint, "→ ")):
         if text:
-            click.echo(
+            _line(
                 textwrap.fill(
                     lead + text,
                     width,

@@ -11,8 +11,8 @@ from tars_core.schema import ModelRef
 
 
 def dump(value: object) -> str:
-    """Return ``value`` as indented JSON; a model's reference is the text a user would type."""
-    return json.dumps(_plain(value), ensure_ascii=False, indent=2)
+    """Return ``value`` as indented JSON, a line feed behind it; a model's reference is the text a user would type."""
+    return json.dumps(_plain(value), ensure_ascii=False, indent=2) + "\n"
 
 
 def _plain(value: object) -> object:

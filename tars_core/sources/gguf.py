@@ -50,7 +50,7 @@ _BLOCKS = {
     10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
     16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
     23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
-    34: (256, 54), 35: (256, 66), 39: (32, 17),
+    34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18),
 }  # fmt: skip
 
 
@@ -65,6 +65,9 @@ class GGUFHeader(msgspec.Struct, frozen=True, kw_only=True):
     embedding_length: int
     head_count: int
     head_count_kv: int
+    key_length: int
+    """Numbers in one head's key."""
+    value_length: int
     chat_template: str | None
     bos_token: str
     eos_token: str
@@ -75,8 +78,8 @@ class GGUFHeader(msgspec.Struct, frozen=True, kw_only=True):
 
     def kv_bytes(self, context_length: int) -> int:
         """Estimate of a 16-bit key-value cache for ``context_length`` tokens, in bytes."""
-        per_token = 2 * 2 * self.block_count * self.embedding_length // max(1, self.head_count) * self.head_count_kv
-        return per_token * context_length
+        per_head = 2 * (self.key_length + self.value_length)
+        return per_head * self.head_count_kv * self.block_count * context_length
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -128,21 +131,23 @@ class _Reader:
             raise _damaged(self._path, f"its alignment is {alignment}")
         start = -(-self._at // alignment) * alignment
         for name, offset, size, _ in infos:
-            if offset % alignment or start + offset + size > len(self._data):
-                missing = start + offset + size - len(self._data)
-                raise _damaged(self._path, f"tensor {name} ends {missing} bytes past the end of the file")
+            self._check_place(name, offset, start + offset + size, alignment)
         architecture = self._text(values, "general.architecture") or ""
         if not architecture or not infos:
             raise _damaged(self._path, "it names no architecture or holds no tensors")
         heads = self._whole(values, f"{architecture}.attention.head_count", 1)
+        embedding = self._whole(values, f"{architecture}.embedding_length", 1)
+        per_head = embedding // max(1, heads)
         return GGUFHeader(
             architecture=architecture,
             name=self._text(values, "general.name") or self._path.stem,
             context_length=self._whole(values, f"{architecture}.context_length", 2048),
             block_count=self._whole(values, f"{architecture}.block_count", 1),
-            embedding_length=self._whole(values, f"{architecture}.embedding_length", 1),
+            embedding_length=embedding,
             head_count=heads,
             head_count_kv=self._whole(values, f"{architecture}.attention.head_count_kv", heads),
+            key_length=self._whole(values, f"{architecture}.attention.key_length", per_head),
+            value_length=self._whole(values, f"{architecture}.attention.value_length", per_head),
             chat_template=self._text(values, "tokenizer.chat_template"),
             bos_token=self._token(token_table, values.get("tokenizer.ggml.bos_token_id")),
             eos_token=self._token(token_table, values.get("tokenizer.ggml.eos_token_id")),
@@ -150,6 +155,13 @@ class _Reader:
             tensor_bytes=sum(size for _, _, size, _ in infos),
             weights_id=_weights_id(self._data, start, infos),
         )
+
+    def _check_place(self, name: str, offset: int, end: int, alignment: int) -> None:
+        if offset % alignment:
+            raise _damaged(self._path, f"tensor {name} begins at {offset}, its alignment is {alignment}")
+        if end > len(self._data):
+            missing = end - len(self._data)
+            raise _damaged(self._path, f"tensor {name} ends {missing} bytes past the end of the file")
 
     def _adds_bos(self, values: dict[str, object]) -> bool:
         stated = values.get("tokenizer.ggml.add_bos_token")

@@ -48,6 +48,8 @@ def resolve(
             notice=demo.notice,
         )
     names = aliases.get(wanted, (wanted,))
+    if not names:
+        raise ModelNotFound(f"the alias {wanted} lists no model", hint=f"write references into models.{wanted}")
     refs: list[ModelRef] = []
     weights_ids: dict[ModelRef, str] = {}
     missing: list[ModelNotFound] = []
@@ -73,9 +75,13 @@ def _check(ref: ModelRef, aliases: Mapping[str, Sequence[str]], offered: Mapping
     path = ref.path
     if path is None:
         return
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be looked at: {error.strerror}", hint="check the path") from error
+    if is_folder:
         _check_folder(path)
-    elif not path.is_file():
+    elif not is_file:
         raise ModelNotFound(f"there is no file {path}", hint=f"check the path{_listed(aliases, offered)}")
 
 

@@ -152,9 +152,9 @@ class BackendScript(msgspec.Struct, frozen=True):
     weights_id: str | None = None
     memory_bytes: int | None = None
     preference: int = 50
-    probe: list[Act] = []
-    load: list[Act] = []
-    generate: list[Act] = [Say("hello"), Finish()]
+    probe: tuple[Act, ...] = ()
+    load: tuple[Act, ...] = ()
+    generate: tuple[Act, ...] = (Say("hello"), Finish())
     batched: bool = False
     concurrency: int = 4
     context_shrunk: bool = False
@@ -316,7 +316,7 @@ def _act(act: Act, request: GenerateRequest | None, cancel: CancelFlag) -> Itera
             _do(act, cancel)
 
 
-def _do(act: Act, cancel: CancelFlag) -> None:
+def _do(act: Act, cancel: CancelFlag) -> None:  # noqa: C901 - one case an act
     match act:
         case Wait(seconds=seconds, deaf=deaf):
             time.sleep(seconds) if deaf else cancel.wait(seconds)

@@ -34,6 +34,10 @@ _CANCEL_GRACE_S = 5.0
 _serials = itertools.count(1)
 
 
+class WorkerGoneError(Exception):
+    """The worker ended, by somebody else's fault, while a request waited for a place."""
+
+
 class Request:
     """One request's events, in order. Ask with :meth:`next` until it finishes or raises."""
 
@@ -131,12 +135,15 @@ class Worker:
         return self.loaded
 
     async def generate(self, *, messages: tuple[Message, ...], prompt: str | None, sampling: SamplingParams) -> Request:
-        """Start a request as soon as one of the worker's places is free."""
+        """Start a request as soon as one of the worker's places is free.
+
+        Raises :class:`WorkerGoneError` where the worker ended before: this request has not been tried yet.
+        """
         assert self._slots is not None  # noqa: S101 - loaded before it is used
         await self._slots.acquire()
         if self.dead is not None or self._channel is None:
             self._slots.release()
-            raise self.dead or GenerationFailed("the worker was closed")
+            raise WorkerGoneError
         request = Request(self, next(self._ids))
         self._requests[request.id] = request
         self._channel.send(Generate(request_id=request.id, messages=messages, prompt=prompt, sampling=sampling))

@@ -118,7 +118,10 @@ class FrameReader(Generic[F]):
                 end = start + _LENGTH.size + size
                 if len(buffer) < end:
                     break
-                frame = self._decoder.decode(memoryview(buffer)[start + _LENGTH.size : end].tobytes())
+                try:
+                    frame = self._decoder.decode(memoryview(buffer)[start + _LENGTH.size : end].tobytes())
+                except RecursionError as error:
+                    raise ValueError("a frame nested too deep") from error
                 start = end
                 yield frame
         finally:

@@ -65,11 +65,11 @@ def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | N
         send(LoadRefused(failure=Failure.of(error)))
         return
     send(Loaded(device=loaded.device, context_length=loaded.context_length, concurrency=loaded.concurrency))
-    prompts = _Prompts(loaded, template)
+    prompts = _Prompts(frame.plugin, loaded, template)
     if isinstance(loaded, BatchedModel):
-        _BatchLoop(loaded, prompts, send, frame.plugin).run(inbox)
+        _BatchLoop(loaded, prompts, send).run(inbox)
     else:
-        _ThreadPerRequest(hooks, prompts, send, frame.plugin).run(inbox)
+        _ThreadPerRequest(hooks, prompts, send).run(inbox)
     hooks.tars_unload(loaded=loaded)
 
 
@@ -100,9 +100,10 @@ def _load(hooks: pluggy.HookRelay, frame: Load, send: Send, closing: threading.E
 
 
 class _Prompts:
-    """Turns the host's request into the one a backend sees."""
+    """Turns the host's request into the one a backend sees, and its errors into the host's terms."""
 
-    def __init__(self, loaded: LoadedModel, template: ChatTemplate | None) -> None:
+    def __init__(self, plugin: str, loaded: LoadedModel, template: ChatTemplate | None) -> None:
+        self.plugin = plugin
         self.loaded = loaded
         self._template = template
 
@@ -126,8 +127,10 @@ class _Prompts:
         )
 
     def failed(self, error: BaseException) -> Failed:
-        """Describe why a request ended, in the host's terms."""
-        if isinstance(error, ContextLengthExceeded) and self.loaded.context_shrunk:
+        """Describe why a request ended; whatever a plugin raises becomes data."""
+        if not isinstance(error, Exception):
+            error = _EventRules(self.plugin).broken(f"it raised {type(error).__name__}")
+        elif isinstance(error, ContextLengthExceeded) and self.loaded.context_shrunk:
             error = GenerationFailed(
                 f"the prompt has {error.prompt_tokens} tokens; memory allowed a context of only {error.context_length}"
             )
@@ -163,11 +166,10 @@ class _EventRules:
 class _ThreadPerRequest:
     """Runs ``tars_generate``, an iterator in a thread for each request."""
 
-    def __init__(self, hooks: pluggy.HookRelay, prompts: _Prompts, send: Send, plugin: str) -> None:
+    def __init__(self, hooks: pluggy.HookRelay, prompts: _Prompts, send: Send) -> None:
         self._hooks = hooks
         self._prompts = prompts
         self._send = send
-        self._plugin = plugin
         self._cancel: dict[int, threading.Event] = {}
 
     def run(self, inbox: Inbox) -> None:
@@ -181,7 +183,7 @@ class _ThreadPerRequest:
                 known.set()
 
     def _answer(self, frame: Generate, cancel: threading.Event) -> None:
-        rules = _EventRules(self._plugin)
+        rules = _EventRules(self._prompts.plugin)
         pending: Item | None = None  # Finished waits until the iterator has really ended
         try:
             request = self._prompts.prepare(frame)
@@ -198,10 +200,8 @@ class _ThreadPerRequest:
                     self._send(Events(items=((frame.request_id, item),)))
             if pending is None:
                 raise rules.broken("it ended without Finished")
-        except Exception as error:  # noqa: BLE001 - whatever a plugin raises becomes data
-            pending = self._prompts.failed(error)
         except BaseException as error:  # noqa: BLE001 - a plugin must not end the worker
-            pending = self._prompts.failed(rules.broken(f"it raised {type(error).__name__}"))
+            pending = self._prompts.failed(error)
         del self._cancel[frame.request_id]
         self._send(Events(items=((frame.request_id, pending),)))
 
@@ -209,11 +209,10 @@ class _ThreadPerRequest:
 class _BatchLoop:
     """Drives a :class:`BatchedModel`: one loop, one frame a step."""
 
-    def __init__(self, model: BatchedModel, prompts: _Prompts, send: Send, plugin: str) -> None:
+    def __init__(self, model: BatchedModel, prompts: _Prompts, send: Send) -> None:
         self._model = model
         self._prompts = prompts
         self._send = send
-        self._plugin = plugin
         self._active: dict[int, _EventRules] = {}
 
     def run(self, inbox: Inbox) -> None:
@@ -229,10 +228,10 @@ class _BatchLoop:
         if isinstance(frame, Generate):
             try:
                 self._model.submit(frame.request_id, self._prompts.prepare(frame))
-            except Exception as error:  # noqa: BLE001 - whatever a plugin raises becomes data
+            except BaseException as error:  # noqa: BLE001 - a plugin must not end the worker
                 self._send(Events(items=((frame.request_id, self._prompts.failed(error)),)))
             else:
-                self._active[frame.request_id] = _EventRules(self._plugin)
+                self._active[frame.request_id] = _EventRules(self._prompts.plugin)
         elif isinstance(frame, Cancel) and frame.request_id in self._active:
             self._model.cancel(frame.request_id)
 
@@ -242,7 +241,7 @@ class _BatchLoop:
             for request_id, event in self._model.step():
                 if (item := self._check(request_id, event)) is not None:
                     items.append((request_id, item))
-        except Exception as error:  # noqa: BLE001 - a step that fails fails every request in it
+        except BaseException as error:  # noqa: BLE001 - a step that fails fails every request in it
             items += [(request_id, self._prompts.failed(error)) for request_id in self._active]
             self._active.clear()
         if items:

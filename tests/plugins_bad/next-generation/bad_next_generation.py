@@ -1,0 +1,3 @@
+"""Written for a contract that does not exist yet."""
+
+raise AssertionError("never imported")
