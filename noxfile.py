@@ -37,7 +37,7 @@ def demo(session: nox.Session) -> None:
     """Answer a question with the demo model. ``nox -s demo -- "another prompt"``, ``-- --backend NAME``."""
     _install(session, ".", *PLUGINS)
     prompt = [] if _holds_a_prompt(session.posargs) else [DEMO_PROMPT]
-    session.run("tars", "run", "--temperature", "0", *session.posargs, *prompt)
+    session.run("tars", "run", "--model", "demo:", "--temperature", "0", *session.posargs, *prompt)
 
 
 def _holds_a_prompt(arguments: list[str]) -> bool:

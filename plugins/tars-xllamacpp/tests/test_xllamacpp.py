@@ -1,0 +1,153 @@
+"""llama.cpp's engine in a worker, with the demo model: what a user of the backend relies on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import tars_demo_model
+from tars_core import (
+    BackendUnavailable,
+    ContextLengthExceeded,
+    InferenceEngine,
+    StreamInterrupted,
+    TextDelta,
+    WorkerDied,
+)
+
+GGUF = tars_demo_model.WEIGHTS / "tars-demo.gguf"
+NAME = "Me llamo TARS. Soy un modelo de demostración."
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[InferenceEngine]:
+    with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1) as engine:
+        yield engine
+
+
+def test_it_answers_and_counts_every_token(engine: InferenceEngine) -> None:
+    completion = engine.complete("¿Cuál es tu nombre?", temperature=0)
+    assert completion.text == NAME
+    assert (completion.finish_reason, completion.device) == ("stop", "cpu")
+    texts = [e for e in engine.stream("¿Cuál es tu nombre?", temperature=0) if isinstance(e, TextDelta)]
+    assert "".join(e.text for e in texts) == NAME
+    # The end token is sampled, counted, and has no text.
+    assert completion.usage.completion_tokens == sum(len(e.token_ids) for e in texts) + 1
+
+
+def test_sixteen_threads_get_the_answers_they_would_get_alone(engine: InferenceEngine) -> None:
+    questions = ["¿Cuál es tu nombre?", "What is TARS?", "Hola", "Thank you"] * 4
+    alone = [engine.generate(q, temperature=0) for q in questions[:4]] * 4
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda q: engine.generate(q, temperature=0), questions)) == alone
+
+
+def test_sixteen_tasks_get_the_answers_they_would_get_alone(engine: InferenceEngine) -> None:
+    questions = ["¿Qué es TARS?", "Who are you?", "Adiós", "What does probe do?"] * 4
+    alone = [engine.generate(q, temperature=0) for q in questions[:4]] * 4
+
+    async def ask_all() -> list[str]:
+        return await asyncio.gather(*(engine.agenerate(q, temperature=0) for q in questions))
+
+    assert asyncio.run(ask_all()) == alone
+
+
+def test_the_text_ends_before_a_stop_string_whose_tokens_are_counted(engine: InferenceEngine) -> None:
+    completion = engine.complete("¿Cuál es tu nombre?", temperature=0, stop=["TARS. Soy"])
+    assert (completion.text, completion.finish_reason) == ("Me llamo ", "stop")
+    assert completion.usage.completion_tokens > len(["Me", "llamo"])
+
+
+def test_max_tokens_ends_the_answer_with_length(engine: InferenceEngine) -> None:
+    completion = engine.complete("¿Cuál es tu nombre?", temperature=0, max_tokens=3)
+    assert (completion.finish_reason, completion.usage.completion_tokens) == ("length", 3)
+    assert NAME.startswith(completion.text)
+
+
+def test_a_huge_max_tokens_is_bounded_by_the_context(engine: InferenceEngine) -> None:
+    completion = engine.complete("xyzzy", raw=True, temperature=10, top_p=1, top_k=0, max_tokens=2**40, seed=1)
+    assert completion.usage.prompt_tokens + completion.usage.completion_tokens <= 512
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(engine: InferenceEngine) -> None:
+    def sample(seed: int) -> str:
+        return engine.generate("Hola", temperature=5, top_k=0, top_p=1, max_tokens=20, seed=seed)
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) == 4
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine: InferenceEngine) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        engine.generate("palabra " * 3000)
+    assert caught.value.prompt_tokens > caught.value.context_length == 512
+
+
+def test_a_stream_left_early_frees_its_slot(engine: InferenceEngine) -> None:
+    for _ in range(6):  # more than there are slots
+        for event in engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=400):
+            if isinstance(event, TextDelta):
+                break
+    assert engine.generate("¿Cuál es tu nombre?", temperature=0) == NAME
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_killed_mid_answer_leaves_the_partial_text_and_the_next_call_works(number: signal.Signals) -> None:
+    with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1) as engine:
+        text = ""
+        with pytest.raises(StreamInterrupted) as caught:  # noqa: PT012 - the stream is what is watched
+            for event in engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=450, seed=3):
+                if isinstance(event, TextDelta):
+                    if not text:
+                        _signal_workers(number)
+                    text += event.text
+        assert caught.value.partial_text == text
+        assert isinstance(caught.value.cause, WorkerDied)
+        assert caught.value.cause.signal_name == number.name
+        assert engine.generate("¿Cuál es tu nombre?", temperature=0) == NAME
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
+def test_a_truncated_file_is_refused_from_its_header(tmp_path: Path, keep: int) -> None:
+    file = tmp_path / "short.gguf"
+    file.write_bytes(GGUF.read_bytes()[:keep])
+    with InferenceEngine(model=file) as engine, pytest.raises(BackendUnavailable, match=r"short\.gguf is not a sound"):
+        engine.generate("hola")
+
+
+def test_a_file_the_engine_cannot_load_gives_its_own_words(tmp_path: Path) -> None:
+    file = tmp_path / "strange.gguf"
+    # The header stays sound; the architecture is one that llama.cpp has never heard of.
+    file.write_bytes(GGUF.read_bytes().replace(b"llama", b"xlama"))
+    with InferenceEngine(model=file, backend="xllamacpp") as engine, pytest.raises(Exception, match="xlama"):
+        engine.generate("hola")
+
+
+def test_closing_the_engine_ends_the_worker() -> None:
+    before = set(_workers())
+    with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1) as engine:
+        engine.generate("Hola")
+        assert len(set(_workers()) - before) == 1
+    assert set(_workers()) <= before
+
+
+def _signal_workers(number: signal.Signals) -> None:
+    for pid in _workers():
+        os.kill(pid, number)
+
+
+def _workers() -> list[int]:
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with contextlib.suppress(FileNotFoundError):  # it ended just now
+                if b"tars_core.worker.child" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found
