@@ -51,7 +51,7 @@ class _Circuit:
         self.failures = 0
         self.openings = 0
         self.open_until = 0.0
-        self.trial = False
+        self.trial: object = None
         self.incident: int | None = None
         self.deaths: deque[float] = deque()
         self.quarantines = 0
@@ -71,42 +71,50 @@ class Circuits:
         circuit = self._circuit(key)
         if self.quarantined(key, now) or now < circuit.open_until:
             return False
-        return circuit.failures < self._policy.failures or not circuit.trial
+        return circuit.failures < self._policy.failures or circuit.trial is None
 
     def quarantined(self, key: Key, now: float) -> bool:
         """Say whether its worker died too often of late; not even the last candidate is tried then."""
         return now < self._circuit(key).quarantined_until
 
-    def began(self, key: Key) -> None:
+    def began(self, key: Key, request: object) -> None:
         """Note that a request went there; after a pause it is the one trial."""
         circuit = self._circuit(key)
-        circuit.trial = circuit.failures >= self._policy.failures
+        if circuit.trial is None and circuit.failures >= self._policy.failures:
+            circuit.trial = request
 
     def succeeded(self, key: Key) -> None:
         """Close the circuit."""
         circuit = self._circuit(key)
         circuit.failures = circuit.openings = 0
-        circuit.trial = False
+        circuit.open_until = 0.0
+        circuit.trial = None
 
-    def undecided(self, key: Key) -> None:
-        """Note that a trial ended without saying anything about the backend: cancelled, or the caller's mistake."""
-        self._circuit(key).trial = False
+    def undecided(self, key: Key, request: object) -> None:
+        """Note that a request ended without saying anything about the backend: cancelled, or the caller's mistake.
 
-    def failed(self, key: Key, now: float, *, incident: int | None, died: bool) -> None:
+        A trial is then still to be made; a request from before the pause leaves the trial under way alone.
+        """
+        circuit = self._circuit(key)
+        if circuit.trial is request:
+            circuit.trial = None
+
+    def failed(self, key: Key, request: object, now: float, *, incident: int | None, died: bool) -> None:
         """Count a failure.
 
         Requests that failed by one ``incident`` (one worker's end, one load) count once; ``None`` is a failure of
         this request alone.
         """
+        self.undecided(key, request)
         circuit = self._circuit(key)
-        circuit.trial = False
         if incident is not None and circuit.incident == incident:
             return
         circuit.incident = incident
         if died:
             self._count_death(circuit, now)
         circuit.failures += 1
-        if circuit.failures >= self._policy.failures:
+        # What failed while it was paused began before, or had no other choice: the pause grows only after a trial.
+        if circuit.failures >= self._policy.failures and now >= circuit.open_until:
             pause = min(self._policy.cooldown_s * 2.0**circuit.openings, self._policy.cooldown_max_s)
             circuit.open_until = now + pause * (1 + self._rng.random() / 4)
             circuit.openings = min(circuit.openings + 1, 32)
@@ -148,7 +156,7 @@ class Attempts:
         return "".join(self._text)
 
     def next(self, now: float) -> Candidate:
-        """Return whom to try now; raises ``AllBackendsFailed`` where nobody is left."""
+        """Return whom to try now: the paused ones last. Raises ``AllBackendsFailed`` where nobody is left."""
         while self._waiting:
             candidate = self._waiting.popleft()
             key = (candidate.backend, candidate.model)
@@ -157,10 +165,11 @@ class Attempts:
                 self._skip(candidate, "in quarantine: its process died too often", now)
             elif self._circuits.closed(key, now) or not untried:
                 self._current, self._began, self._stage = candidate, now, "load"
-                self._circuits.began(key)
+                self._circuits.began(key, self)
                 return candidate
             else:
                 self._skip(candidate, "paused after repeated failures", now)
+                self._waiting.append(candidate)
         raise AllBackendsFailed(attempts=self.attempts)
 
     def _skip(self, candidate: Candidate, reason: str, now: float) -> None:
@@ -210,7 +219,7 @@ class Attempts:
     def undecided(self) -> None:
         """The request ended for a reason that is not the backend's."""
         candidate = self._active()
-        self._circuits.undecided((candidate.backend, candidate.model))
+        self._circuits.undecided((candidate.backend, candidate.model), self)
 
     def failed(self, error: TarsError, now: float, *, incident: int) -> None:
         """Note a failure; return where the next candidate may be tried, else raise what the caller gets.
@@ -219,9 +228,11 @@ class Attempts:
         """
         candidate = self._active()
         died = isinstance(error, WorkerDied)
-        shared = died or self._stage == "load"
+        overdue = error.stage if isinstance(error, DeadlineExceeded) else None
+        # Shared with others: a worker's end, a hang it is killed for, a load. The whole time is each request's own.
+        shared = died or overdue not in (None, "total") or (overdue is None and self._stage == "load")
         key = (candidate.backend, candidate.model)
-        self._circuits.failed(key, now, incident=incident if shared else None, died=died)
+        self._circuits.failed(key, self, now, incident=incident if shared else None, died=died)
         self._record(candidate, now, Failure.of(error))
         outcome: TarsError | None = None
         if self._text:
