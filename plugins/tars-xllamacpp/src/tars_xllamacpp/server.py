@@ -39,8 +39,6 @@ from tars_core.sources import gguf, memory
 
 _STEP_S = 0.05
 _DEFAULT_CONTEXT = 8192
-_SMALLEST_CONTEXT = 512
-_MEMORY_SHARE = 0.8
 _BATCH = 128  # a cancel is noticed once a batch: 0.45 s for a 135M model on 2 cores
 _PROMPT_CACHE_MIB = 512  # the engine's own default is 8192
 _CPU = "cpu"
@@ -118,7 +116,7 @@ class ServedModel(LoadedModel):
         """Start the engine on ``path``. Raises ``LoadFailed`` with the engine's own words, or ``OutOfMemory``."""
         header = gguf.read_header(path)
         wanted = options.context_length or min(header.context_length, _DEFAULT_CONTEXT)
-        context = _fitting_context(header, wanted, options.concurrency)
+        context = memory.fitting_context(header, wanted, options.concurrency)
         with tempfile.TemporaryDirectory(prefix="tars-") as folder, _stderr_kept() as words:
             params = _params(path, options, context=context, socket=Path(folder) / "engine.sock")
             try:
@@ -262,17 +260,6 @@ def _params(path: Path, options: LoadOptions, *, context: int, socket: Path) -> 
     params.hostnames = [str(socket)]
     params.n_threads_http = 1
     return params
-
-
-def _fitting_context(header: gguf.GGUFHeader, wanted: int, slots: int) -> int:
-    """Halve ``wanted`` until the cache for all slots fits the free memory beside the weights."""
-    free = memory.free_bytes()
-    context = wanted
-    while free is not None and context > _SMALLEST_CONTEXT:
-        if header.tensor_bytes + header.kv_bytes(context) * slots <= free * _MEMORY_SHARE:
-            break
-        context //= 2
-    return context
 
 
 def _device() -> str:
