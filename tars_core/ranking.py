@@ -12,6 +12,7 @@ from tars_core.schema import Candidate, ModelRef, ProbeReport, Rejection
 Key: TypeAlias = tuple[str, ModelRef]
 """A backend's name and the form of the model it was asked about."""
 
+_Item: TypeAlias = tuple[Key, ProbeReport]
 _GIB = 2**30
 
 
@@ -35,36 +36,33 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 def rank(reports: Mapping[Key, ProbeReport], policy: Policy) -> tuple[tuple[Candidate, ...], tuple[Rejection, ...]]:
     """Return the candidates, best first, and what was rejected.
 
-    The order: the user's; same weights as the best; real device before CPU; own measured speed; the plugin's
-    preference; name. Of several forms of the model that one backend can run, the first counts.
+    The order: the user's, of backends; same weights as the best; the user's, of the model's forms, where forms with
+    equal weights count as the first of them; real device before CPU; own measured speed; the plugin's preference; name.
     What does not fit the memory is rejected, not put last.
     """
     rejected: list[Rejection] = []
-    fitting: list[tuple[Key, ProbeReport]] = []
+    fitting: list[_Item] = []
     for key, report in sorted(reports.items(), key=lambda item: _form(item[0], policy)):
         objection = _objection(key, report, policy)
         if objection is None:
             fitting.append((key, report))
         else:
             rejected.append(Rejection(backend=key[0], model=key[1], reason=objection, hint=report.hint))
-    fitting.sort(key=lambda item: _rank_key(item, policy))
-    weights = fitting[0][1].weights_id if fitting else None
-    fitting.sort(
-        key=lambda item: (
-            _user_order(item[0], policy),
-            _differs(item[1], weights),
-            *_rank_key(item, policy)[1:],
-        )
-    )
+    first_forms: dict[str | None, int] = {}
+    for key, report in fitting:
+        if report.weights_id is not None:
+            first_forms.setdefault(report.weights_id, _form(key, policy)[0])
+    fitting.sort(key=lambda item: _rank_key(item, policy, first_forms))
+    ordered = sorted(fitting, key=lambda item: (_user_order(item[0], policy), _differs(item, fitting[0])))
     candidates = tuple(
         Candidate(
-            backend=key[0],
-            model=key[1],
-            report=report,
-            reasons=_reasons(key, report, policy, weights),
-            degraded=_differs(report, weights) or (weights is None and key[1] != fitting[0][0][1]),
+            backend=item[0][0],
+            model=item[0][1],
+            report=item[1],
+            reasons=_reasons(item, policy, fitting[0]),
+            degraded=_differs(item, fitting[0]),
         )
-        for key, report in fitting
+        for item in ordered
     )
     return candidates, tuple(rejected)
 
@@ -78,11 +76,13 @@ def _form(key: Key, policy: Policy) -> tuple[int, str, str]:
     return form, key[0], str(key[1])
 
 
-def _rank_key(item: tuple[Key, ProbeReport], policy: Policy) -> tuple[int, int, int, float, int, str]:
+def _rank_key(
+    item: _Item, policy: Policy, first_forms: Mapping[str | None, int]
+) -> tuple[int, int, int, float, int, str]:
     key, report = item
     return (
         _user_order(key, policy),
-        _form(key, policy)[0] if report.weights_id is None else 0,
+        first_forms.get(report.weights_id, _form(key, policy)[0]),
         0 if report.device not in (None, "cpu") else 1,
         -policy.measured_tokens_per_s.get(key[0], 0.0),
         -report.preference,
@@ -90,8 +90,11 @@ def _rank_key(item: tuple[Key, ProbeReport], policy: Policy) -> tuple[int, int, 
     )
 
 
-def _differs(report: ProbeReport, weights: str | None) -> bool:
-    return weights is not None and report.weights_id != weights
+def _differs(item: _Item, first: _Item) -> bool:
+    """Say whether these are other weights than the first choice's; where they are unknown, the form tells."""
+    if item[1].weights_id is None or first[1].weights_id is None:
+        return item[0][1] != first[0][1]
+    return item[1].weights_id != first[1].weights_id
 
 
 def _objection(key: Key, report: ProbeReport, policy: Policy) -> str | None:
@@ -109,13 +112,14 @@ def _objection(key: Key, report: ProbeReport, policy: Policy) -> str | None:
     return None
 
 
-def _reasons(key: Key, report: ProbeReport, policy: Policy, weights: str | None) -> tuple[str, ...]:
+def _reasons(item: _Item, policy: Policy, first: _Item) -> tuple[str, ...]:
+    key, report = item
     reasons: list[str] = []
     if key[0] in policy.order:
         reasons.append(f"your order: {policy.order.index(key[0]) + 1}.")
     if policy.only == key[0]:
         reasons.append("asked for")
-    if _differs(report, weights):
+    if _differs(item, first):
         reasons.append("other weights")
     if report.device is not None:
         reasons.append(f"runs on {report.device}")
