@@ -17,6 +17,7 @@ import pytest
 
 from tars_core import __version__
 from tars_core.testing.fake import BackendScript, Echo, Finish, Kill, Raise, Say, Wait
+from tars_core.testing.processes import workers
 
 TARS = [sys.executable, "-m", "tars_core.cli"]
 WriteScript = Callable[..., str]
@@ -147,7 +148,7 @@ def test_38_ctrl_c_stops_at_once_and_keeps_the_text(
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        _wait_for_worker(process.pid)
+        _wait_for_pause(process.pid)
         head = os.read(process.stdout.fileno(), 100) if text else b""
         began = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
@@ -233,24 +234,16 @@ def test_version_is_printed_within_five_times_a_bare_interpreter() -> None:
     assert version <= 5 * bare, f"{version * 1000:.0f} ms against {bare * 1000:.0f} ms"
 
 
-def _wait_for_worker(pid: int) -> None:
-    """Wait until the process has a child that has read its first frame."""
+def _wait_for_pause(host: int) -> None:
+    """Wait until a worker of ``host`` is inside the scripted pause."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                command = Path(f"/proc/{child}/cmdline").read_bytes()
-                if b"tars_core.worker.child" in command and _sleeps(child):
-                    return
+        for worker in workers(host):
+            threads = Path(f"/proc/{worker}/task").iterdir()
+            if any("nanosleep" in (thread / "wchan").read_text() for thread in threads):
+                return
         signal.sigtimedwait((), 0.05)
     raise TimeoutError
-
-
-def _sleeps(pid: str) -> bool:
-    """Say whether the main thread waits inside the scripted pause."""
-    return "clock_nanosleep" in Path(f"/proc/{pid}/wchan").read_text() or any(
-        "hrtimer_nanosleep" in (task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir()
-    )
 
 
 def _on_a_terminal(*arguments: str, **environment: str) -> str:

@@ -39,6 +39,7 @@ from tars_core.testing.fake import (
     Wait,
     YieldJunk,
 )
+from tars_core.testing.processes import alive, workers
 
 MakeEngine = Callable[..., InferenceEngine]
 ANSWERS = BackendScript(generate=(Say("from beta"), Finish()))
@@ -233,10 +234,10 @@ def test_34_workers_end_within_a_second_of_the_hosts_death(write_script: Callabl
     with subprocess.Popen([sys.executable, "-c", _ORPHANS, model], stdout=subprocess.PIPE, text=True) as host:
         assert host.stdout is not None
         assert host.stdout.readline() == "streaming\n"
-        (worker,) = _children(host.pid)
-        assert _alive(worker)
+        (worker,) = workers(host.pid)
+        assert alive(worker)
         host.kill()
-    assert _until(lambda: not _alive(worker), seconds=1)
+    assert _until(lambda: not alive(worker), seconds=1)
 
 
 def test_36_when_all_fail_one_error_carries_every_cause_and_hint(make_engine: MakeEngine) -> None:
@@ -305,24 +306,11 @@ def test_nothing_is_left_behind_after_failures(make_engine: MakeEngine) -> None:
         engine.generate("hi")
         engine.close()
     assert _until(lambda: _descriptors() <= before, seconds=3)
-    assert _children(os.getpid()) == []
+    assert workers(os.getpid()) == []
 
 
 def _descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 def _until(condition: Callable[[], bool], *, seconds: float) -> bool:

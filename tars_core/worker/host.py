@@ -82,7 +82,6 @@ class Worker:
         self.plugin = plugin
         self.serial = next(_serials)
         self.dead: BackendError | None = None
-        self._killed_for: BackendError | None = None
         self.loaded: Loaded | None = None
         self._channel: Channel | None = None
         self._requests: dict[int, Request] = {}
@@ -161,10 +160,10 @@ class Worker:
             self.kill(GenerationFailed(f"{self.plugin} did not stop within {_CANCEL_GRACE_S:g} s of a cancel"))
 
     def kill(self, reason: BackendError) -> None:
-        """End the process now; whoever still waits on it gets ``reason``."""
-        self._killed_for = self._killed_for or reason
+        """End the process now; whoever still waits on it gets ``reason``, and nobody new comes."""
         if self._channel is not None:
             self._channel.kill()
+        self._on_closed(reason)
 
     async def close(self) -> None:
         """End it in good order; return when it is gone."""
@@ -208,7 +207,9 @@ class Worker:
             self._outcome.set_exception(outcome)
 
     def _on_closed(self, error: BackendError) -> None:
-        self.dead = error = self._killed_for or error
+        if self.dead is not None:
+            return
+        self.dead = error
         self._settle(error)
         for request in list(self._requests.values()):
             self._end(request)

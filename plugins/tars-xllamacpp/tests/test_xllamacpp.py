@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import importlib.metadata
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from tars_core import (
     TextDelta,
     WorkerDied,
 )
+from tars_core.testing.processes import alive, workers
 
 GGUF = tars_demo_model.WEIGHTS / "tars-demo.gguf"
 NAME = "Me llamo TARS. Soy un modelo de demostración."
@@ -101,17 +105,65 @@ def test_a_stream_left_early_frees_its_slot(engine: InferenceEngine) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_killed_mid_answer_leaves_the_partial_text_and_the_next_call_works(number: signal.Signals) -> None:
     with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1) as engine:
-        text = ""
-        with pytest.raises(StreamInterrupted) as caught:  # noqa: PT012 - the stream is what is watched
-            for event in engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=450, seed=3):
-                if isinstance(event, TextDelta):
-                    if not text:
-                        _signal_workers(number)
-                    text += event.text
-        assert caught.value.partial_text == text
+        with pytest.raises(StreamInterrupted) as caught:
+            _read(engine, lambda: _signal_workers(number))
+        assert caught.value.partial_text
         assert isinstance(caught.value.cause, WorkerDied)
         assert caught.value.cause.signal_name == number.name
         assert engine.generate("¿Cuál es tu nombre?", temperature=0) == NAME
+
+
+def test_a_worker_that_hangs_mid_answer_is_ended_with_the_partial_text() -> None:
+    with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1, limits={"between_tokens_s": 1.0}) as engine:
+        with pytest.raises(StreamInterrupted, match="between tokens") as caught:
+            _read(engine, lambda: _signal_workers(signal.SIGSTOP))
+        assert caught.value.partial_text
+        assert engine.generate("¿Cuál es tu nombre?", temperature=0) == NAME
+
+
+_LONG_ANSWER = f"""
+from tars_core import InferenceEngine, TextDelta
+engine = InferenceEngine(backend="xllamacpp", model={str(GGUF)!r}, threads=1)
+while True:
+    for event in engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=450):
+        if isinstance(event, TextDelta):
+            print(".", flush=True)
+"""
+
+
+def test_the_worker_ends_within_a_second_of_its_hosts_death() -> None:
+    with subprocess.Popen([sys.executable, "-c", _LONG_ANSWER], stdout=subprocess.PIPE) as host:
+        assert host.stdout is not None
+        host.stdout.readline()
+        (worker,) = workers(host.pid)
+        host.kill()
+    deadline = time.monotonic() + 1
+    while alive(worker):
+        assert time.monotonic() < deadline, "the worker outlived its host"
+
+
+def test_ctrl_c_while_it_streams_stops_the_command_and_keeps_the_text() -> None:
+    command = [sys.executable, "-m", "tars_core.cli", "run", "-m", str(GGUF), "-b", "xllamacpp", "xyzzy"]
+    options = ["--temperature", "10", "--max-tokens", "450", "--seed", "3"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        head = os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        rest, words = process.communicate(timeout=20)
+    assert (process.returncode, words.decode().strip()) == (130, "stopped")
+    assert (head + rest).endswith(b"\n")
+
+
+def test_without_its_runtime_the_backend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("tars_xllamacpp.plugin.importlib.metadata.version", missing)
+    with InferenceEngine(model=GGUF, plugins="xllamacpp") as engine:
+        with pytest.raises(BackendUnavailable, match="pip install xllamacpp"):
+            engine.generate("hola")
+        (status,) = engine.backends()
+    assert (status.available, status.hint) == (False, "pip install xllamacpp")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 1000, -100])
@@ -131,23 +183,22 @@ def test_a_file_the_engine_cannot_load_gives_its_own_words(tmp_path: Path) -> No
 
 
 def test_closing_the_engine_ends_the_worker() -> None:
-    before = set(_workers())
+    before = set(workers(os.getpid()))
     with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1) as engine:
         engine.generate("Hola")
-        assert len(set(_workers()) - before) == 1
-    assert set(_workers()) <= before
+        assert len(set(workers(os.getpid())) - before) == 1
+    assert set(workers(os.getpid())) <= before
+
+
+def _read(engine: InferenceEngine, at_first_text: Callable[[], None]) -> None:
+    """Read a long answer; do something once it has begun."""
+    begun = False
+    for event in engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=450, seed=3):
+        if isinstance(event, TextDelta) and not begun:
+            begun = True
+            at_first_text()
 
 
 def _signal_workers(number: signal.Signals) -> None:
-    for pid in _workers():
+    for pid in workers(os.getpid()):
         os.kill(pid, number)
-
-
-def _workers() -> list[int]:
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(FileNotFoundError):  # it ended just now
-                if b"tars_core.worker.child" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(int(child))
-    return found
