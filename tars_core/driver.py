@@ -36,7 +36,7 @@ from tars_core.schema import (
 )
 from tars_core.settings import Settings
 from tars_core.worker.host import Request, Worker, WorkerGoneError
-from tars_core.worker.protocol import Load
+from tars_core.worker.protocol import Load, Loaded
 
 _log = logging.getLogger("tars_core.engine")
 
@@ -160,6 +160,14 @@ class Driver:
                 sink(Finished(completion=completion))
                 return completion
 
+    async def load(self) -> Loaded:
+        """Load the first candidate, unless it is loaded."""
+        candidate = (await self.decide()).candidates[0]
+        place = self._places.setdefault((candidate.backend, candidate.model), _Place())
+        worker = await self.loaded_worker(place, candidate)
+        assert worker.loaded is not None  # noqa: S101 - it has just been loaded
+        return worker.loaded
+
     async def loaded_worker(self, place: _Place, candidate: Candidate) -> Worker:
         """Return the candidate's worker, loading it unless it lives; requests that come meanwhile share the load."""
         if place.worker is not None and place.worker.dead is None:
@@ -192,6 +200,7 @@ class Driver:
                     gpu_layers=self.settings.gpu_layers,
                     concurrency=self.settings.concurrency,
                     allow_download=self.settings.allow_download,
+                    backend_settings=self._planner.backend_settings(candidate.backend),
                 ),
             ),
             limit_s=self._limits.load_s,

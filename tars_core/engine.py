@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
@@ -24,7 +25,8 @@ from tars_core.driver import Ask, Driver, OnLoad
 from tars_core.errors import ConfigError, EngineClosed, RequestError, TarsError
 from tars_core.events import StreamEvent
 from tars_core.schema import BackendStatus, Completion, Decision, Message, SamplingParams
-from tars_core.settings import load_settings
+from tars_core.settings import Settings, load_settings
+from tars_core.worker.protocol import Loaded
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -55,7 +57,7 @@ class InferenceEngine:
 
     ``config`` and ``settings`` are the same thing, as a mapping and as keywords; see
     :class:`~tars_core.settings.Settings` for all of them. ``use_NAME=False`` forbids a backend.
-    ``extra_plugins`` are plugin objects that are not installed, by name; they run in this process.
+    ``settings_file`` is a TOML file read besides the user's own. ``extra_plugins`` are plugin objects that are not installed, by name; they run in this process.
     ``on_load(backend, fraction, note)`` is told of loading, on the engine's own thread.
 
     Nothing is imported, probed or loaded before the first question. Safe to use from several threads.
@@ -69,6 +71,7 @@ class InferenceEngine:
         backend: str | None = None,
         model: str | os.PathLike[str] | None = None,
         extra_plugins: Mapping[str, object] | None = None,
+        settings_file: str | os.PathLike[str] | None = None,
         on_load: OnLoad | None = None,
         **settings: object,
     ) -> None:
@@ -79,7 +82,7 @@ class InferenceEngine:
             arguments["backend"] = backend
         if model is not None:
             arguments["model"] = os.fspath(model)
-        self.settings = load_settings(arguments)
+        self.settings = load_settings(arguments, file=Path(settings_file) if settings_file is not None else None)
         self._plugins = dict(extra_plugins or {})
         self._on_load = on_load
         self._lock = threading.Lock()
@@ -89,6 +92,13 @@ class InferenceEngine:
         self._pid = os.getpid()
         self._closed = False
         _engines.add(self)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, *, on_load: OnLoad | None = None) -> Self:
+        """Return an engine with settings gathered before, by :func:`tars_core.settings.load_settings`."""
+        engine = cls(on_load=on_load)
+        engine.settings = settings
+        return engine
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -179,6 +189,13 @@ class InferenceEngine:
         Raises :class:`~tars_core.errors.BackendUnavailable` where nothing can be tried.
         """
         return self._wait(lambda driver: driver.decide(refresh=True))
+
+    def load(self) -> Loaded:
+        """Load the first candidate now, instead of at the first question; return where it runs and what it holds.
+
+        Nobody takes over: what stands in its way is raised.
+        """
+        return self._wait(lambda driver: driver.load())
 
     def backends(self) -> tuple[BackendStatus, ...]:
         """Return every installed plugin with its state, the broken ones included."""
