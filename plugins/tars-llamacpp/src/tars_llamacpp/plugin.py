@@ -1,0 +1,90 @@
+"""The hooks. The runtime is imported in the worker only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from tars_core.plugin import (
+    CancelFlag,
+    LoadedModel,
+    LoadFailed,
+    LoadOptions,
+    ModelRef,
+    ProbeLimits,
+    ProbeReport,
+    ProgressCallback,
+    hookimpl,
+)
+from tars_core.sources import gguf
+
+_RUNTIME = "llama-cpp-python"
+_OVERHEAD_BYTES = 100 * 2**20
+_CONCURRENCY = 4
+_PREFERENCE = 70  # built for this machine: faster than prebuilt wheels
+_CPU = "cpu"
+_GPU_KINDS = ("cuda", "hip", "metal", "vulkan", "sycl")
+"""A build for one of them has a shared library of that name."""
+
+
+@hookimpl
+def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | None:
+    """Read the file's header; look at the runtime's metadata and the names of its files."""
+    del limits  # a header takes milliseconds
+    path = model.path if model is not None else None
+    if model is not None and (path is None or path.suffix.lower() != ".gguf"):
+        return None
+    try:
+        device = _built_for(importlib.metadata.distribution(_RUNTIME))
+    except importlib.metadata.PackageNotFoundError:
+        return ProbeReport(
+            available=False,
+            reason=f"the package {_RUNTIME} is not installed",
+            hint=f"pip install {_RUNTIME} (builds from source: needs a C++ compiler and 6 to 15 minutes)",
+        )
+    if path is None:
+        return ProbeReport(available=True, device=device)
+    try:
+        header = gguf.read_header(path)
+    except LoadFailed as error:
+        return ProbeReport(available=False, reason=error.message, hint=error.hint)
+    except OSError as error:
+        return ProbeReport(available=False, reason=f"{path} cannot be read: {error.strerror}")
+    return ProbeReport(
+        available=True,
+        device=device,
+        # Of the machine's memory; a GPU has its own, which only the runtime can ask for.
+        memory_bytes=header.tensor_bytes + _OVERHEAD_BYTES if device == _CPU else None,
+        weights_id=header.weights_id,
+        context_length=header.context_length,
+        concurrency=_CONCURRENCY,
+        preference=_PREFERENCE,
+    )
+
+
+def _built_for(runtime: importlib.metadata.Distribution) -> str:
+    names = [file.name for file in runtime.files or ()]
+    return next((kind for kind in _GPU_KINDS if any(f"ggml-{kind}." in name for name in names)), _CPU)
+
+
+@hookimpl
+def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag) -> LoadedModel:
+    """Load the file and start the loop."""
+    if model.path is None:
+        raise LoadFailed(f"{model} is no file")
+    try:
+        from tars_llamacpp.model import load  # noqa: PLC0415 - imports the runtime
+    except (ImportError, OSError, RuntimeError) as error:  # what it raises where a shared library is missing
+        raise LoadFailed(
+            f"llama_cpp does not import here: {error}",
+            hint=f"pip install --force-reinstall --no-cache-dir {_RUNTIME} builds it anew",
+        ) from error
+    return load(model.path, options, progress, cancel)
+
+
+@hookimpl
+def tars_unload(loaded: LoadedModel) -> None:
+    """Free the model."""
+    from tars_llamacpp.loop import LoopedModel  # noqa: PLC0415 - imports the runtime
+
+    if isinstance(loaded, LoopedModel):
+        loaded.close()

@@ -1,0 +1,73 @@
+"""From text to tokens and from tokens to bytes."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+
+import llama_cpp
+
+_LONGEST_PIECE = 256
+_SPARE_TOKENS = 16  # BOS, EOS, and the space some vocabularies put in front
+
+
+class Vocabulary:
+    """A model's vocabulary."""
+
+    def __init__(self, vocab: int) -> None:
+        self.native = vocab
+        self._pieces: dict[int, bytes] = {}
+        self._buffer = ctypes.create_string_buffer(_LONGEST_PIECE)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of ``text``, special tokens recognised, BOS and EOS where the model wants them."""
+        data = text.encode()
+        room = len(data) + _SPARE_TOKENS
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = llama_cpp.llama_tokenize(self.native, data, len(data), tokens, room, True, True)  # noqa: FBT003 - C
+            if count >= 0:
+                return tokens[:count]
+            room = -count
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of ``token``; none for a control token."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._render(token)
+        return piece
+
+    def _render(self, token: int) -> bytes:
+        def render() -> int:
+            size: int = llama_cpp.llama_token_to_piece(
+                self.native,
+                token,
+                self._buffer,
+                len(self._buffer),
+                0,
+                False,  # noqa: FBT003 - C
+            )
+            return size
+
+        size = render()
+        if size < 0:
+            self._buffer = ctypes.create_string_buffer(-size)
+            size = render()
+        return self._buffer.raw[:size]
+
+    def ends(self, token: int) -> bool:
+        """Say whether ``token`` ends the generation."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.native, token))
+
+    @cached_property
+    def size(self) -> int:
+        """How many tokens there are."""
+        count: int = llama_cpp.llama_vocab_n_tokens(self.native)
+        return count
+
+    @cached_property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that the model's file says are never to be sampled."""
+        count = ctypes.c_int32(0)
+        tokens = llama_cpp.llama_vocab_get_suppress_tokens(self.native, ctypes.byref(count))
+        return tuple(tokens[: count.value]) if count.value else ()
