@@ -31,6 +31,7 @@ from tars_core.schema import (
     Decision,
     LoadOptions,
     Message,
+    OfferedModel,
     SamplingParams,
     Timings,
 )
@@ -106,6 +107,11 @@ class Driver:
             decision = await _in_daemon_thread(self._planner.decide, self._running_keys())
             self._decision = decision, time.monotonic()
             return decision
+
+    async def models(self) -> tuple[OfferedModel, ...]:
+        """Return the models known by name."""
+        async with self._deciding:
+            return await _in_daemon_thread(self._planner.models)
 
     async def statuses(self) -> tuple[BackendStatus, ...]:
         """Return the state of every installed plugin, quarantined ones included; crashed ones are tried anew."""
@@ -188,25 +194,28 @@ class Driver:
         target, value = self._planner.plugin(candidate.backend)
         worker = Worker(candidate.backend)
         place.serial = worker.serial
-        loaded = await worker.load(
-            Load(
-                plugin=candidate.backend,
-                target=target or "",
-                model=candidate.model,
-                options=LoadOptions(
-                    device=self.settings.require_device or self.settings.device,
-                    context_length=self.settings.context_length,
-                    threads=self.settings.threads,
-                    gpu_layers=self.settings.gpu_layers,
-                    concurrency=self.settings.concurrency,
-                    allow_download=self.settings.allow_download,
-                    backend_settings=self._planner.backend_settings(candidate.backend),
+        try:
+            loaded = await worker.load(
+                Load(
+                    plugin=candidate.backend,
+                    target=target or "",
+                    model=candidate.model,
+                    options=LoadOptions(
+                        device=self.settings.require_device or self.settings.device,
+                        context_length=self.settings.context_length,
+                        threads=self.settings.threads,
+                        gpu_layers=self.settings.gpu_layers,
+                        concurrency=self.settings.concurrency,
+                        allow_download=self.settings.allow_download,
+                        backend_settings=self._planner.backend_settings(candidate.backend),
+                    ),
                 ),
-            ),
-            limit_s=self._limits.load_s,
-            plugin=value if target is None or self.settings.isolation == "none" else None,
-            on_progress=lambda fraction, note: self._tell(candidate.backend, fraction, note),
-        )
+                limit_s=self._limits.load_s,
+                plugin=value if target is None or self.settings.isolation == "none" else None,
+                on_progress=lambda fraction, note: self._tell(candidate.backend, fraction, note),
+            )
+        finally:
+            self._tell(candidate.backend, 1.0, "")
         if self.settings.require_device == "gpu" and loaded.device == "cpu":
             await worker.close()
             raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")

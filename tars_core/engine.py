@@ -24,7 +24,7 @@ from tars_core import schema
 from tars_core.driver import Ask, Driver, OnLoad
 from tars_core.errors import ConfigError, EngineClosed, RequestError, TarsError
 from tars_core.events import StreamEvent
-from tars_core.schema import BackendStatus, Completion, Decision, Message, SamplingParams
+from tars_core.schema import BackendStatus, Completion, Decision, Message, OfferedModel, SamplingParams
 from tars_core.settings import Settings, load_settings
 from tars_core.worker.protocol import Loaded
 
@@ -57,16 +57,18 @@ class InferenceEngine:
 
     ``config`` and ``settings`` are the same thing, as a mapping and as keywords; see
     :class:`~tars_core.settings.Settings` for all of them. ``use_NAME=False`` forbids a backend.
-    ``settings_file`` is a TOML file read besides the user's own. ``extra_plugins`` are plugin objects that are not installed, by name; they run in this process.
-    ``on_load(backend, fraction, note)`` is told of loading, on the engine's own thread.
+    ``settings_file`` is a TOML file read besides the user's own. ``config`` may also be settings gathered before.
+    ``extra_plugins`` are plugin objects that are not installed, by name; they run in this process.
+    ``on_load(backend, fraction, note)`` is told of loading, on the engine's own thread; 1.0 comes last, whatever became
+    of it.
 
     Nothing is imported, probed or loaded before the first question. Safe to use from several threads.
     Raises :class:`~tars_core.errors.ConfigError` for a setting that cannot be meant.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the most used settings have names of their own
         self,
-        config: Mapping[str, object] | None = None,
+        config: Mapping[str, object] | Settings | None = None,
         *,
         backend: str | None = None,
         model: str | os.PathLike[str] | None = None,
@@ -75,14 +77,19 @@ class InferenceEngine:
         on_load: OnLoad | None = None,
         **settings: object,
     ) -> None:
-        if config is not None and not isinstance(config, Mapping):
-            raise ConfigError(f"config must be a mapping of settings, not {type(config).__name__}")
-        arguments: dict[str, object] = {**(config or {}), **settings}
-        if backend is not None:
-            arguments["backend"] = backend
         if model is not None:
-            arguments["model"] = os.fspath(model)
-        self.settings = load_settings(arguments, file=Path(settings_file) if settings_file is not None else None)
+            settings["model"] = os.fspath(model)
+        if backend is not None:
+            settings["backend"] = backend
+        if isinstance(config, Settings):
+            if settings or settings_file is not None:
+                raise ConfigError("give settings gathered before, or arguments, not both")
+            self.settings = config
+        elif config is None or isinstance(config, Mapping):
+            file = Path(settings_file) if settings_file is not None else None
+            self.settings = load_settings({**(config or {}), **settings}, file=file)
+        else:
+            raise ConfigError(f"config must be a mapping of settings, not {type(config).__name__}")
         self._plugins = dict(extra_plugins or {})
         self._on_load = on_load
         self._lock = threading.Lock()
@@ -92,13 +99,6 @@ class InferenceEngine:
         self._pid = os.getpid()
         self._closed = False
         _engines.add(self)
-
-    @classmethod
-    def from_settings(cls, settings: Settings, *, on_load: OnLoad | None = None) -> Self:
-        """Return an engine with settings gathered before, by :func:`tars_core.settings.load_settings`."""
-        engine = cls(on_load=on_load)
-        engine.settings = settings
-        return engine
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -201,6 +201,10 @@ class InferenceEngine:
         """Return every installed plugin with its state, the broken ones included."""
         return self._wait(lambda driver: driver.statuses())
 
+    def models(self) -> tuple[OfferedModel, ...]:
+        """Return the models known by name: the aliases of the settings, then what the plugins bring or list."""
+        return self._wait(lambda driver: driver.models())
+
     def list_available_backends(self) -> list[str]:
         """Return the names of the backends that can run the model, best first; none is an empty list."""
         try:
@@ -215,7 +219,7 @@ class InferenceEngine:
         return next(iter(self.list_available_backends()), None)
 
     def benchmark(self) -> dict[str, float | None]:
-        """Time each backend that can run the model: 32 tokens, fixed prompt, warm; seconds.
+        """Time each backend that can run the model: at most 32 tokens, fixed prompt, warm; seconds.
 
         ``None`` for one that is installed and cannot, or that failed.
         """
@@ -227,7 +231,8 @@ class InferenceEngine:
 
     def _time(self, backend: str) -> float | None:
         sampling = SamplingParams(temperature=0, max_tokens=_BENCHMARK_TOKENS)
-        ask = Ask(prompt=_BENCHMARK_PROMPT, sampling=sampling, backend=backend)
+        question = Message(role="user", content=_BENCHMARK_PROMPT)
+        ask = Ask(messages=(question,), sampling=sampling, backend=backend)
         try:
             self._wait(lambda driver: driver.answer(ask, _ignore))
             began = time.perf_counter()

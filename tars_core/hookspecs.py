@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import pluggy
 
@@ -28,6 +28,9 @@ from tars_core.schema import (
     ProbeLimits,
     ProbeReport,
 )
+
+if TYPE_CHECKING:
+    import pydantic  # a third of a second, and no worker needs it
 
 PROJECT = "tars"
 GROUP = "tars.plugins.v1"
@@ -137,6 +140,15 @@ class TarsSpec:
     @hookspec(firstresult=True)
     def tars_models(self) -> Sequence[OfferedModel]:
         """Name the models this plugin brings along or can list. No network, no import of a runtime."""
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def tars_settings(self) -> type[pydantic.BaseModel]:
+        """Return the model of this backend's own settings, which users write under ``[backends.NAME]``.
+
+        Forbid extra fields, so that a misspelt one is an error. What it accepted comes back to ``tars_load`` in
+        ``options.backend_settings``.
+        """
         raise NotImplementedError
 
     @hookspec(firstresult=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 
 import msgspec
+import pydantic
 
-from tars_core import ranking, registry
+from tars_core import ranking, registry, speeds
 from tars_core.errors import BackendUnavailable, ConfigError
-from tars_core.schema import BackendStatus, Decision, ModelRef, ProbeLimits, ProbeReport, Rejection
+from tars_core.schema import BackendStatus, Decision, ModelRef, OfferedModel, ProbeLimits, ProbeReport, Rejection
 from tars_core.settings import Settings, cache_folder
 from tars_core.sources import memory
-from tars_core.sources.resolve import resolve
+from tars_core.sources.resolve import ResolvedModel, resolve
 
+_log = logging.getLogger("tars_core.planning")
 _NO_BACKEND = (
     "install one; from a clone of the repository:"
     " pip install . ./plugins/tars-xllamacpp   (llama.cpp, prebuilt, no compiler)"
@@ -27,6 +30,32 @@ class Planner:
         self._settings = settings
         self._objects = plugins
         self._registry: registry.Registry | None = None
+
+    def models(self) -> tuple[OfferedModel, ...]:
+        """Return the models known by name: aliases first, then what plugins offer."""
+        aliases = [
+            OfferedModel(
+                name=ModelRef.parse(name),
+                refs=tuple(ModelRef.parse(text) for text in texts),
+                notice="an alias of yours",
+            )
+            for name, texts in self._settings.models.items()
+        ]
+        offered = self._discovered().offered_models(ProbeLimits(deadline_s=self._settings.limits.probe_s))
+        return (*aliases, *offered.values())
+
+    def backend_settings(self, name: str) -> str:
+        """Return ``[backends.NAME]`` as JSON, accepted by the plugin; raises ``ConfigError`` where it is not."""
+        given = self._settings.backends.get(name)
+        if not given:
+            return "{}"
+        model = self._discovered().settings_model(name)
+        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+            raise ConfigError(f"the backend {name} has no settings of its own", hint=f"remove [backends.{name}]")
+        try:
+            return model(**given).model_dump_json()
+        except pydantic.ValidationError as error:
+            raise self._settings.explain(error, f"backends.{name}.", model) from None
 
     def plugin(self, name: str) -> tuple[str | None, object]:
         """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself."""
@@ -42,6 +71,11 @@ class Planner:
                 recheck=recheck,
                 extra=self._objects,
             )
+            known = {p.name for p in self._registry.plugins} | {q.name for q in self._registry.quarantined}
+            for name in self._settings.backends.keys() - known:
+                _log.warning(
+                    "settings for %s, which is not installed (%s)", name, self._settings.origin(f"backends.{name}")
+                )
         return self._registry
 
     def decide(self, running: frozenset[ranking.Key]) -> Decision:
@@ -50,12 +84,14 @@ class Planner:
         backends = [p.name for p in found.plugins if found.is_backend(p.name)]
         limits = ProbeLimits(deadline_s=self._settings.limits.probe_s)
         self._check_named(found, backends)
+        for name in self._settings.backends.keys() & {plugin.name for plugin in found.plugins}:
+            self.backend_settings(name)
         model = resolve(self._settings.model, aliases=self._settings.models, offered=found.offered_models(limits))
         reports = {
             key: _vouched(report, model.weights_ids.get(key[1]))
             for key, report in found.probe(((b, ref) for ref in model.refs for b in backends), limits).items()
         }
-        candidates, rejected = ranking.rank(reports, self._policy(model.refs, running))
+        candidates, rejected = ranking.rank(reports, self._policy(model, running))
         rejected += tuple(
             Rejection(backend=q.name, reason=f"put aside ({q.stage}): {q.reason}", hint=q.mend)
             for q in found.quarantined
@@ -93,12 +129,13 @@ class Planner:
                 hint=_NO_BACKEND,
             )
 
-    def _policy(self, refs: tuple[ModelRef, ...], running: frozenset[ranking.Key]) -> ranking.Policy:
+    def _policy(self, model: ResolvedModel, running: frozenset[ranking.Key]) -> ranking.Policy:
         return ranking.Policy(
             order=self._settings.prefer,
             only=self._settings.backend,
             forbidden=frozenset(p.name for p in self._discovered().plugins if self._settings.forbids(p.name)),
-            models=refs,
+            models=model.refs,
+            measured_tokens_per_s=speeds.read(cache_folder(), model.name),
             free_memory_bytes=memory.free_bytes(),
             running=running,
             require_device=self._settings.require_device,

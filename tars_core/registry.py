@@ -151,6 +151,10 @@ class Registry:
                 self.quarantine(plugin, "probe", f"tars_probe: {_fault(answer, limits.deadline_s)}")
         return {key: report for key, report in reports.items() if key[0] in self._plugins}
 
+    def settings_model(self, name: str) -> object:
+        """Return what a plugin's ``tars_settings`` gives; ``None`` for a plugin without settings."""
+        return self._only(name, "tars_settings")() if self._implements(name, "tars_settings") else None
+
     def offered_models(self, limits: ProbeLimits) -> dict[ModelRef, OfferedModel]:
         """Return the models the plugins name, by their names; the first plugin by name wins."""
         names = [p.name for p in self.plugins if self._implements(p.name, "tars_models")]

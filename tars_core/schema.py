@@ -189,17 +189,19 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int = 4
     """Requests that shall run at once."""
     allow_download: bool = False
+    backend_settings: str = "{}"
+    """The backend's own settings, ``[backends.NAME]``, as JSON that its ``tars_settings`` model has accepted."""
 
 
 class OfferedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model a plugin brings along or can name.
 
-    ``refs`` lists the forms it has, best first; all hold the weights ``weights_id``.
+    ``refs`` lists the forms it has, best first. With a ``weights_id`` the plugin vouches that all hold these weights.
     """
 
     name: ModelRef
     refs: tuple[ModelRef, ...]
-    weights_id: str
+    weights_id: str | None = None
     notice: str | None = None
     """Shown when it is used without having been asked for."""
 

@@ -1,29 +1,48 @@
-"""Settings: arguments, then ``TARS_…`` environment variables, then the user's file, then defaults.
+"""Settings, and where each came from.
 
-The user's file is ``config.toml`` in the platform's folder for configuration (on Linux ``~/.config/tars``).
+Arguments, then ``TARS_…`` environment variables, then the file the caller names, then the user's file, then defaults.
+The user's file is ``config.toml`` in the platform's folder for configuration (on Linux ``~/.config/tars``). Only the
+command line also reads ``.env``, ``tars.toml`` and ``[tool.tars]`` of ``pyproject.toml`` in the current folder.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import platformdirs
 import pydantic
 import pydantic_settings
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tars_core.errors import ConfigError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_log = logging.getLogger("tars_core.settings")
 _ENV_PREFIX = "TARS_"
+_NESTED = "__"
 _USE = "use_"
+_DEFAULT = "default"
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _names(value: object) -> object:
+    """Take ``a, b`` for a list, as an environment variable gives it."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], pydantic_settings.NoDecode, BeforeValidator(_names)]
 
 
 class LimitSettings(pydantic.BaseModel):
@@ -45,7 +64,7 @@ class Settings(pydantic_settings.BaseSettings):
     """Every setting of an engine, with its default."""
 
     model_config = pydantic_settings.SettingsConfigDict(
-        env_prefix=_ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=_ENV_PREFIX, env_nested_delimiter=_NESTED, extra="forbid", frozen=True
     )
 
     model: str | None = None
@@ -54,7 +73,7 @@ class Settings(pydantic_settings.BaseSettings):
     """Aliases: a name for an ordered list of references."""
     backend: str | None = None
     """Use this backend and no other."""
-    prefer: tuple[str, ...] = ()
+    prefer: Names = ()
     """Backends to try first, in this order."""
     use: dict[str, bool] = {}
     """``use.NAME = false`` forbids a backend. As an argument also ``use_NAME=False``."""
@@ -65,33 +84,49 @@ class Settings(pydantic_settings.BaseSettings):
     """Tokens for one request, prompt and answer; ``None``: the model's own, within what memory allows."""
     threads: Count | None = None
     gpu_layers: Annotated[int, Field(ge=-1)] | None = None
+    """Layers to put on the GPU; -1: all."""
     concurrency: Count = 4
     """Requests one loaded model runs at once; more wait."""
     max_queue: Count = 256
     """Requests an engine holds, running and waiting; more are refused with ``Overloaded``."""
     isolation: Literal["process", "none"] = "process"
+    """``none`` runs backends in this process: no crash is contained, no hang can be ended."""
     allow_download: bool = False
     plugins: str = ""
     """Plugins that may be imported: names between commas, ``-name`` denies one; empty: all."""
     limits: LimitSettings = LimitSettings()
+    backends: dict[str, dict[str, object]] = {}
+    """A backend's own settings, by its name; see the backend's page."""
+
+    _origins: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
 
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[pydantic_settings.BaseSettings],
+        settings_cls: type[pydantic_settings.BaseSettings],  # noqa: ARG003 - the interface's own
         init_settings: pydantic_settings.PydanticBaseSettingsSource,
-        env_settings: pydantic_settings.PydanticBaseSettingsSource,
-        dotenv_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003 - never read by a library
+        env_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[pydantic_settings.PydanticBaseSettingsSource, ...]:
-        """Order the sources, best first."""
-        file = pydantic_settings.TomlConfigSettingsSource(settings_cls, toml_file=user_file())
-        return init_settings, env_settings, file
+        """Take values only as given: :func:`load_settings` merges the sources itself, to know each one's origin."""
+        return (init_settings,)
 
     def forbids(self, backend: str) -> bool:
         """Say whether ``use`` forbids ``backend``; ``llama_cpp`` and ``llamacpp`` are one name."""
-        said = [allowed for name, allowed in self.use.items() if _same_name(name, backend)]
-        return bool(said) and not said[-1]  # a better source's keys come after a lesser one's
+        return not self.use.get(_plain_name(backend), True)
+
+    def origin(self, key: str) -> str:
+        """Return where ``key`` (``limits.load_s``, ``backends.ollama``) came from."""
+        return _origin(key, self._origins)
+
+    def explain(self, error: pydantic.ValidationError, prefix: str, model: type[pydantic.BaseModel]) -> ConfigError:
+        """Turn what a backend's own ``model`` complains of into an error that names key and origin."""
+        return _explain(error, self._origins, [prefix + name for name in model.model_fields], prefix)
+
+    def listed(self) -> Iterator[tuple[str, object]]:
+        """Yield every setting with its value, nested ones by their dotted keys."""
+        yield from _leaves(self.model_dump())
 
 
 def user_file() -> Path:
@@ -104,71 +139,170 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("tars", appauthor=False)
 
 
-def load_settings(arguments: Mapping[str, object]) -> Settings:
-    """Gather the settings, ``arguments`` first.
+def load_settings(arguments: Mapping[str, object], *, file: Path | None = None, folder: Path | None = None) -> Settings:
+    """Gather the settings, ``arguments`` first; ``use_NAME`` is taken for ``use.NAME``.
 
-    ``use_NAME`` is taken for ``use.NAME``. Raises :class:`~tars_core.errors.ConfigError` naming key, origin and,
-    for an unknown key, the nearest known one.
+    ``file`` is one the caller names; it must exist. ``folder`` is where the command line was called. Raises
+    :class:`~tars_core.errors.ConfigError` naming key, origin and, for an unknown key, the nearest known one.
     """
-    plain: dict[str, object] = {}
-    use: dict[str, object] = {}
-    for key, value in arguments.items():
-        if key.startswith(_USE):
-            if not isinstance(value, bool):
-                raise ConfigError(f"setting {key} (argument): {value!r} is neither True nor False")
-            use[key[len(_USE) :]] = value
-        elif key.startswith("_"):  # pydantic-settings takes these for its own options
-            raise ConfigError(f"unknown setting {key} (argument)")
-        else:
-            plain[key] = value
-    if use:
-        given = plain.get("use", {})
-        plain["use"] = {**(given if isinstance(given, Mapping) else {}), **use}
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    for layer in reversed(list(_layers(arguments, file, folder))):
+        _merge(values, layer.values)
+        for key, _ in _leaves(layer.values):
+            origins[key] = layer.origin(key)
+    known = [*Settings.model_fields, *(f"limits.{name}" for name in LimitSettings.model_fields)]
+    for key in values:
+        if key not in Settings.model_fields:  # pydantic-settings would take _env_file and Model for something else
+            raise _unknown(key, origins, known)
     try:
-        return Settings(**plain)  # type: ignore[arg-type]  # what the values are is for pydantic to check
+        settings = Settings(**values)  # type: ignore[arg-type]  # what the values are is for pydantic to check
     except pydantic.ValidationError as error:
-        raise _explain(error, arguments) from None
-    except pydantic_settings.SettingsError as error:
-        hint = 'lists and tables are JSON in the environment: TARS_PREFER=["ollama"]'
-        raise ConfigError(f"the environment's settings cannot be read: {error}", hint=hint) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the settings cannot be read: {error}", hint=f"look at {user_file()}") from error
+        raise _explain(error, origins, known) from None
+    settings._origins.update(origins)  # noqa: SLF001 - this module's own
+    return settings
 
 
-def _same_name(one: str, other: str) -> bool:
-    return one.replace("_", "").replace("-", "").lower() == other.replace("_", "").replace("-", "").lower()
+class _Layer(NamedTuple):
+    """One source's values. ``place`` tells where; variables are named each by itself."""
+
+    place: str
+    values: dict[str, object]
+    variables: frozenset[str] = frozenset()
+
+    def origin(self, key: str) -> str:
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            name = (_ENV_PREFIX + _NESTED.join(parts[:length])).upper()
+            if name in self.variables:
+                return f"{self.place} {name}"
+        return self.place
 
 
-def _explain(error: pydantic.ValidationError, arguments: Mapping[str, object]) -> ConfigError:
+def _layers(arguments: Mapping[str, object], file: Path | None, folder: Path | None) -> Iterator[_Layer]:
+    """Yield the sources, best first."""
+    yield _Layer("argument", _from_arguments(arguments))
+    environment = frozenset(name.upper() for name in os.environ if name.upper().startswith(_ENV_PREFIX))
+    _check_variables(environment)
+    yield _Layer("environment variable", _read(pydantic_settings.EnvSettingsSource(Settings)), environment)
+    if folder is not None and (folder / ".env").is_file():
+        try:
+            source = pydantic_settings.DotEnvSettingsSource(Settings, env_file=folder / ".env")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder / '.env'} cannot be read: {error}") from error
+        variables = frozenset(name.upper() for name in source.env_vars if name.upper().startswith(_ENV_PREFIX))
+        _check_variables(variables)
+        values = {key: value for key, value in _read(source).items() if key in Settings.model_fields}
+        yield _Layer(f"{folder / '.env'}:", values, variables)
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"there is no settings file {file}")
+        yield _toml(file)
+    if folder is not None:
+        yield _toml(folder / "tars.toml")
+        yield _toml(folder / "pyproject.toml", "tool", "tars")
+    yield _toml(user_file())
+
+
+def _toml(path: Path, *table: str) -> _Layer:
+    """Read a file, or one table of it; a file that is not there says nothing."""
+    try:
+        values: object = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        values = {}
+    except (OSError, ValueError) as error:  # unreadable, no UTF-8, no TOML
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    for name in table:
+        values = values.get(name, {}) if isinstance(values, dict) else {}
+    place = f"{path} [{'.'.join(table)}]" if table else str(path)
+    return _Layer(place, _use_by_plain_name(dict(values) if isinstance(values, dict) else {}))
+
+
+def _read(source: pydantic_settings.PydanticBaseSettingsSource) -> dict[str, object]:
+    try:
+        values: dict[str, object] = source()
+    except pydantic_settings.SettingsError as error:  # a list or table that is no JSON
+        raise ConfigError(f"the environment: {error}: {error.__cause__}") from error
+    return _use_by_plain_name(values)
+
+
+def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    values = {key: value for key, value in arguments.items() if not key.startswith(_USE)}
+    use = {key[len(_USE) :]: value for key, value in arguments.items() if key.startswith(_USE)}
+    for name, value in use.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"setting {_USE}{name} (argument): {value!r} is neither True nor False")
+    if use:
+        given = values.get("use")
+        values["use"] = {**(given if isinstance(given, Mapping) else {}), **use}
+    return _use_by_plain_name(values)
+
+
+def _use_by_plain_name(values: dict[str, object]) -> dict[str, object]:
+    use = values.get("use")
+    if isinstance(use, Mapping):
+        values["use"] = {_plain_name(str(name)): value for name, value in use.items()}
+    return values
+
+
+def _plain_name(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _merge(into: dict[str, object], values: Mapping[str, object]) -> None:
+    for key, value in values.items():
+        inner = into.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            _merge(inner, value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_variables(names: frozenset[str]) -> None:
+    """Refuse a variable that is nearly one of ours; another program's own ``TARS_HOME`` is only logged."""
+    known = [_ENV_PREFIX + field.upper() for field in Settings.model_fields]
+    for name in sorted(names):
+        stem = name.partition(_NESTED)[0]
+        if stem in known:
+            continue
+        near = difflib.get_close_matches(stem, known, n=1, cutoff=0.8)
+        if near:
+            raise ConfigError(f"unknown setting {name} (environment)", hint=f"did you mean {near[0]}?")
+        _log.info("the environment variable %s is no setting of TARS", name)
+
+
+def _explain(
+    error: pydantic.ValidationError, origins: Mapping[str, str], known: list[str], prefix: str = ""
+) -> ConfigError:
+    """Turn the first of pydantic's complaints into one line: key, origin, value, and what it should be."""
     first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
+    key = prefix + ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = [*Settings.model_fields, *(f"limits.{name}" for name in LimitSettings.model_fields)]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        return ConfigError(
-            f"unknown setting {key} ({_origin(place, arguments)})",
-            hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}",
-        )
+        return _unknown(key, origins, known)
     message = first["msg"].removeprefix("Input ")
-    return ConfigError(f"setting {key} ({_origin(place, arguments)}): {first['input']!r:.60} {message}")
+    return ConfigError(f"setting {key} ({_origin(key, origins)}): {first['input']!r:.60} {message}")
 
 
-def _origin(place: list[str], arguments: Mapping[str, object]) -> str:
-    given: object = arguments
-    for part in place:
-        if not isinstance(given, Mapping):
-            return "argument"
-        if part not in given:
-            break
-        given = given[part]
-    else:
-        return "argument"
-    for variable in (_ENV_PREFIX + "__".join(place).upper(), _ENV_PREFIX + place[0].upper()):
-        if any(name.upper() == variable for name in os.environ):
-            return f"environment variable {variable}"
-    return str(user_file())
+def _unknown(key: str, origins: Mapping[str, str], known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return ConfigError(f"unknown setting {key} ({_origin(key, origins)})", hint=hint)
 
 
-if sys.version_info < (3, 11):  # pragma: no cover - pydantic-settings reads TOML through tomli there
-    import tomli as _tomli  # noqa: F401 - fail at import, with the package's name, not at the first setting
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    for known, origin in origins.items():
+        if known.startswith(key + "."):
+            return origin
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return _DEFAULT

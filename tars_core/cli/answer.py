@@ -44,7 +44,7 @@ def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling:
                 case Started(decision=decision) if decision.notice and not quiet:
                     click.secho(f"note: {decision.notice}", err=True, dim=True)
                 case TextDelta(text=text):
-                    output.write(text.translate(_CONTROLS) if output.on_terminal() else text)
+                    output.write(shown(text))
                     ends_line = text.endswith("\n")
                 case Finished(completion=completion) if not quiet:
                     _end_line(ends_line)
@@ -52,6 +52,11 @@ def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling:
                     click.secho(summary(completion), err=True, dim=True)
     finally:
         _end_line(ends_line)
+
+
+def shown(text: str) -> str:
+    """Return ``text`` as it may be shown: on a terminal without control characters."""
+    return text.translate(_CONTROLS) if output.on_terminal() else text
 
 
 def _end_line(ends_line: bool) -> None:  # noqa: FBT001 - the one thing it is told

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -16,6 +18,7 @@ from tars_core.cli import output
 
 if TYPE_CHECKING:
     from tars_core.engine import InferenceEngine, Sampling
+    from tars_core.settings import Settings
 
 _FAILED, _WRONG, _NOTHING_RUNS = 1, 2, 3
 
@@ -27,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         cli.main(list(arguments), prog_name="tars", standalone_mode=False)
     except errors.TarsError as error:
-        _print_error(error)
+        click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True)
         return _exit_code(error)
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
@@ -46,18 +49,26 @@ def _exit_code(error: errors.TarsError) -> int:
     return _FAILED
 
 
-def _print_error(error: errors.TarsError) -> None:
-    click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True)
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def _model_options(command: F) -> F:
-    """Add the options that say what runs where."""
-    for option in (
-        click.option("-b", "--backend", metavar="NAME", help="Use this backend and no other."),
-        click.option("-m", "--model", metavar="MODEL", help="A path, a reference such as demo:, or an alias."),
-    ):
-        command = option(command)
-    return command
+_backend = click.option("-b", "--backend", metavar="NAME", help="Use this backend and no other.")
+_model = click.option("-m", "--model", metavar="MODEL", help="A path, a reference such as demo:, or an alias.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_answering = _options(
+    _model,
+    _backend,
+    click.option("-s", "--system", metavar="TEXT", help="The system prompt."),
+    click.option("--max-tokens", type=int, metavar="N", help="Length of the answer at most.  [default: 200]"),
+    click.option("--temperature", type=float, metavar="T", help="0 is always the likeliest token.  [default: 0.8]"),
+    click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable."),
+)
 
 
 @click.group(
@@ -66,10 +77,12 @@ def _model_options(command: F) -> F:
 )
 @click.version_option(__version__, "-V", "--version", message="tars %(version)s")
 @click.option("-v", "--verbose", count=True, help="Say what happens on stderr; twice: the backends' own words too.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A settings file to read as well.")
 @click.pass_context
-def cli(context: click.Context, verbose: int) -> None:
+def cli(context: click.Context, verbose: int, config: Path | None) -> None:
     """Answer with a local language model, on the best engine this machine has."""
-    if "NO_COLOR" in os.environ:
+    context.obj = config
+    if os.environ.get("NO_COLOR"):
         context.color = False
     if verbose:
         logging.basicConfig(
@@ -80,11 +93,7 @@ def cli(context: click.Context, verbose: int) -> None:
 
 @cli.command("run")
 @click.argument("prompt", required=False)
-@_model_options
-@click.option("-s", "--system", metavar="TEXT", help="The system prompt.")
-@click.option("--max-tokens", type=int, metavar="N", help="Length of the answer at most.  [default: 200]")
-@click.option("--temperature", type=float, metavar="T", help="0 is always the likeliest token.  [default: 0.8]")
-@click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable.")
+@_answering
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, at the end.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
@@ -102,23 +111,34 @@ def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
     """Answer PROMPT; without one, what is piped in."""
     from tars_core.cli import answer  # noqa: PLC0415 - each command imports what it needs
 
-    sampling: Sampling = {}
-    if max_tokens is not None:
-        sampling["max_tokens"] = max_tokens
-    if temperature is not None:
-        sampling["temperature"] = temperature
-    if seed is not None:
-        sampling["seed"] = seed
     text = prompt if prompt is not None else answer.piped_prompt()
-    with _engine(model, backend) as engine:
+    with _engine(model, backend, quiet=quiet) as engine:
+        sampling = _sampling(max_tokens, temperature, seed)
         if as_json:
             answer.as_json(engine, text, system, sampling)
         else:
             answer.streamed(engine, text, system, sampling, quiet=quiet)
 
 
+@cli.command("chat")
+@_answering
+def chat_command(  # noqa: PLR0913, PLR0917 - one parameter an option
+    model: str | None,
+    backend: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    seed: int | None,
+) -> None:
+    """Talk, turn by turn; /help says what else."""
+    from tars_core.cli import chat  # noqa: PLC0415
+
+    with _engine(model, backend) as engine:
+        chat.Conversation(engine, system, _sampling(max_tokens, temperature, seed)).run()
+
+
 @cli.command("backends")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def backends_command(*, as_json: bool) -> None:
     """List the plugins: available, or why not."""
     from tars_core.cli import listing  # noqa: PLC0415
@@ -127,10 +147,20 @@ def backends_command(*, as_json: bool) -> None:
         listing.backends(engine.backends(), as_json=as_json)
 
 
+@cli.command("models")
+@_json
+def models_command(*, as_json: bool) -> None:
+    """List the models known by name."""
+    from tars_core.cli import listing  # noqa: PLC0415
+
+    with _engine(None, None) as engine:
+        listing.models(engine.models(), as_json=as_json)
+
+
 @cli.command("plan")
 @click.argument("model", required=False)
-@click.option("-b", "--backend", metavar="NAME", help="Use this backend and no other.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_backend
+@_json
 def plan_command(model: str | None, backend: str | None, *, as_json: bool) -> None:
     """Show what would answer, in which order, and why."""
     from tars_core.cli import listing  # noqa: PLC0415
@@ -139,8 +169,67 @@ def plan_command(model: str | None, backend: str | None, *, as_json: bool) -> No
         listing.plan(engine.plan(), as_json=as_json)
 
 
-def _engine(model: str | None, backend: str | None) -> InferenceEngine:
-    from tars_core.engine import InferenceEngine  # noqa: PLC0415 - --help and --version go without
+@cli.command("benchmark")
+@click.argument("model", required=False)
+@_backend
+@_json
+def benchmark_command(model: str | None, backend: str | None, *, as_json: bool) -> None:
+    """Measure the backends; the speeds count in ranking."""
+    from tars_core.cli import measure  # noqa: PLC0415
 
     output.claim_stdout()
-    return InferenceEngine(model=model, backend=backend)
+    measure.benchmark(_settings(model, backend), as_json=as_json)
+
+
+@cli.command("doctor")
+@_json
+def doctor_command(*, as_json: bool) -> None:
+    """Print all that a bug report needs, secrets masked."""
+    from tars_core.cli import doctor  # noqa: PLC0415
+
+    output.claim_stdout()
+    doctor.report(_settings(None, None), as_json=as_json)
+
+
+@cli.group("config")
+def config_group() -> None:
+    """Look at the settings."""
+
+
+@config_group.command("show")
+@_json
+def config_show_command(*, as_json: bool) -> None:
+    """Show every setting and where its value comes from."""
+    from tars_core.cli import listing  # noqa: PLC0415
+
+    output.claim_stdout()
+    listing.settings(_settings(None, None), as_json=as_json)
+
+
+def _sampling(max_tokens: int | None, temperature: float | None, seed: int | None) -> Sampling:
+    sampling: Sampling = {}
+    if max_tokens is not None:
+        sampling["max_tokens"] = max_tokens
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    if seed is not None:
+        sampling["seed"] = seed
+    return sampling
+
+
+def _settings(model: str | None, backend: str | None) -> Settings:
+    """Gather the settings; only the command line reads those of the current folder."""
+    from tars_core.settings import load_settings  # noqa: PLC0415 - --help and --version go without
+
+    flags = {key: value for key, value in (("model", model), ("backend", backend)) if value is not None}
+    return load_settings(flags, file=click.get_current_context().find_object(Path), folder=Path.cwd())
+
+
+@contextmanager
+def _engine(model: str | None, backend: str | None, *, quiet: bool = False) -> Iterator[InferenceEngine]:
+    from tars_core.cli.progress import LoadBar  # noqa: PLC0415
+    from tars_core.engine import InferenceEngine  # noqa: PLC0415
+
+    output.claim_stdout()
+    with LoadBar(shown=not quiet) as bar, InferenceEngine(_settings(model, backend), on_load=bar.update) as engine:
+        yield engine

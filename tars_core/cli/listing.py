@@ -1,7 +1,8 @@
-"""``tars backends`` and ``tars plan``: what there is, on 80 columns."""
+"""``tars backends``, ``models``, ``plan`` and ``config show``: what there is, on 80 columns."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ import click
 
 from tars_core.cli import output
 from tars_core.cli.plain import dump
-from tars_core.schema import BackendStatus, Candidate, Decision
+from tars_core.schema import BackendStatus, Candidate, Decision, OfferedModel
+from tars_core.settings import Settings
 
 _GIB = 2**30
 _INDENT = "    "
@@ -66,6 +68,31 @@ def _facts(candidate: Candidate) -> str:
     if candidate.report.memory_bytes is not None:
         facts.append(f"{candidate.report.memory_bytes / _GIB:.1f} GiB")
     return "  ".join(facts)
+
+
+def models(offered: Sequence[OfferedModel], *, as_json: bool) -> None:
+    """Print each model known by name, with its forms."""
+    if as_json:
+        output.write(dump(list(offered)))
+        return
+    if not offered:
+        click.echo("no model is known by name; give a path: tars run -m model.gguf", err=True)
+    for model in offered:
+        _line(click.style(str(model.name), bold=True))
+        for ref in model.refs:
+            missing = ref.path is not None and not ref.path.exists()
+            _line(f"{_INDENT}{ref}{click.style('  (not there)', fg='yellow') if missing else ''}")
+
+
+def settings(settings: Settings, *, as_json: bool) -> None:
+    """Print every setting with its value and origin."""
+    listed = [(key, value, settings.origin(key)) for key, value in settings.listed()]
+    if as_json:
+        output.write(dump({key: {"value": value, "origin": origin} for key, value, origin in listed}))
+        return
+    for key, value, origin in listed:
+        text = f"{key} = {json.dumps(value, ensure_ascii=False)}"
+        _line(f"{text}  {click.style('# ' + origin, dim=True)}")
 
 
 def _line(text: str) -> None:

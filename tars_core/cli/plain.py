@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 import msgspec
@@ -22,6 +23,8 @@ def _plain(value: object) -> object:
         return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, AbstractSet):
         return sorted(map(str, value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value

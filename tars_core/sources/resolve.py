@@ -18,7 +18,7 @@ class ResolvedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     refs: tuple[ModelRef, ...]
-    weights_ids: Mapping[ModelRef, str]
+    weights_ids: Mapping[ModelRef, str | None]
     """Forms whose weights the provider vouches for; the others speak through the probe."""
     notice: str | None = None
 
@@ -51,7 +51,7 @@ def resolve(
     if not names:
         raise ModelNotFound(f"the alias {wanted} lists no model", hint=f"write references into models.{wanted}")
     refs: list[ModelRef] = []
-    weights_ids: dict[ModelRef, str] = {}
+    weights_ids: dict[ModelRef, str | None] = {}
     missing: list[ModelNotFound] = []
     for ref in map(ModelRef.parse, names):
         model = offered.get(ref)

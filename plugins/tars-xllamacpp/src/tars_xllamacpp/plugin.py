@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import TYPE_CHECKING
 
 from tars_core.plugin import (
     CancelFlag,
@@ -16,6 +17,9 @@ from tars_core.plugin import (
     hookimpl,
 )
 from tars_core.sources import gguf
+
+if TYPE_CHECKING:
+    import pydantic
 
 _OVERHEAD_BYTES = 100 * 2**20  # measured: 55 MB of runtime, and compute buffers
 _PREFERENCE = 60  # prebuilt and fast; a build made for this machine (llama-cpp-python) is faster
@@ -51,6 +55,14 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         concurrency=4,
         preference=_PREFERENCE,
     )
+
+
+@hookimpl
+def tars_settings() -> type[pydantic.BaseModel]:
+    """Take ``[backends.xllamacpp]``."""
+    from tars_xllamacpp.settings import XLlamaCppSettings  # noqa: PLC0415 - a probe goes without pydantic
+
+    return XLlamaCppSettings
 
 
 @hookimpl

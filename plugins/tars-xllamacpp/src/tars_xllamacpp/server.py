@@ -36,11 +36,10 @@ from tars_core.plugin import (
 )
 from tars_core.schema import FinishReason
 from tars_core.sources import gguf, memory
+from tars_xllamacpp.settings import XLlamaCppSettings
 
 _STEP_S = 0.05
 _DEFAULT_CONTEXT = 8192
-_BATCH = 128  # a cancel is noticed once a batch: 0.45 s for a 135M model on 2 cores
-_PROMPT_CACHE_MIB = 512  # the engine's own default is 8192
 _CPU = "cpu"
 _SAMPLERS = ["penalties", "top_k", "top_p", "min_p", "temperature"]  # llama.cpp's own order, without the rest
 _PENALTY_WINDOW = 64
@@ -242,15 +241,16 @@ def _request_error(error: _Error) -> Exception:
 
 def _params(path: Path, options: LoadOptions, *, context: int, socket: Path) -> xllamacpp.CommonParams:
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    own = XLlamaCppSettings.model_validate_json(options.backend_settings)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel = options.concurrency
     # With one unified pool an overflow kills every running request; so each slot gets its own part.
     params.kv_unified = False
     params.n_ctx = context * options.concurrency
-    params.n_batch = params.n_ubatch = _BATCH
+    params.n_batch = params.n_ubatch = own.batch
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_ram_mib = _PROMPT_CACHE_MIB
+    params.cache_ram_mib = own.prompt_cache_mib
     params.n_gpu_layers = 0 if options.device == "cpu" else -1 if options.gpu_layers is None else options.gpu_layers
     params.fit_params = False
     params.ctx_shift = False

@@ -1,0 +1,135 @@
+"""``tars chat``: a conversation at the terminal, or over a pipe, a line a turn."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import platformdirs
+
+from tars_core.cli import answer, output
+from tars_core.errors import ContextLengthExceeded, RequestError, StreamInterrupted
+from tars_core.events import Finished, Started, TextDelta
+from tars_core.schema import Message
+
+if TYPE_CHECKING:
+    from tars_core.engine import InferenceEngine, Sampling
+
+_PROMPT = "> "
+_HISTORY_LINES = 1000
+_HELP = """\
+/new            forget the conversation
+/system TEXT    set the system prompt, and begin anew; without TEXT, none
+/stats          which backend answered last, and how fast
+/help           this
+/quit           leave (Ctrl-D too)
+Ctrl-C stops an answer; what was said so far stays part of the conversation.
+"""
+
+
+class Conversation:
+    """The turns so far, and the loop that asks for more."""
+
+    def __init__(self, engine: InferenceEngine, system: str | None, sampling: Sampling) -> None:
+        self._engine = engine
+        self._sampling = sampling
+        self._interactive = sys.stdin.isatty()
+        self._stats = "nothing was answered yet"
+        self._turns: list[Message] = []
+        self._begin(system)
+
+    def run(self) -> None:
+        """Ask and answer until the end of the input, or ``/quit``."""
+        if self._interactive:
+            click.secho("/help says what you can type; Ctrl-D ends.", err=True, dim=True)
+        with _history() if self._interactive else contextlib.nullcontext():
+            while (line := self._read()) is not None:
+                if line.startswith("/"):
+                    if not self._command(line):
+                        return
+                elif line.strip():
+                    self._answer(line)
+
+    def _begin(self, system: str | None) -> None:
+        self._turns = [Message(role="system", content=system)] if system else []
+
+    def _read(self) -> str | None:
+        try:
+            return input(_PROMPT if self._interactive else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            click.echo("\n(Ctrl-D or /quit leaves)", err=True)
+            return ""
+
+    def _command(self, line: str) -> bool:
+        name, _, rest = line.partition(" ")
+        match name:
+            case "/quit" | "/exit":
+                return False
+            case "/new":
+                self._begin(next((turn.content for turn in self._turns if turn.role == "system"), None))
+            case "/system":
+                self._begin(rest.strip() or None)
+            case "/stats":
+                click.echo(self._stats, err=True)
+            case "/help":
+                click.echo(_HELP, err=True, nl=False)
+            case _:
+                click.echo(f"there is no {name}; /help lists what there is", err=True)
+        return True
+
+    def _answer(self, line: str) -> None:
+        """Answer one turn. A turn that failed is taken back, one that was stopped stays with what it said."""
+        said: list[str] = []
+        self._turns.append(Message(role="user", content=line))
+        try:
+            for event in self._engine.stream(messages=self._turns, **self._sampling):
+                match event:
+                    case Started(decision=decision) if decision.notice and len(self._turns) == 1:
+                        click.secho(f"note: {decision.notice}", err=True, dim=True)
+                    case TextDelta(text=text):
+                        said.append(text)
+                        output.write(answer.shown(text))
+                    case Finished(completion=completion):
+                        self._stats = answer.summary(completion)
+        except KeyboardInterrupt:
+            click.secho("  (stopped)", err=True, dim=True)
+        except StreamInterrupted as error:
+            click.secho(f"\n{error}", err=True, fg="red")
+        except ContextLengthExceeded as error:
+            click.secho(f"{error.message}; /new begins anew", err=True, fg="red")
+        except RequestError as error:
+            click.secho(str(error), err=True, fg="red")
+        if said:
+            output.write("\n")
+            self._turns.append(Message(role="assistant", content="".join(said)))
+        else:
+            self._turns.pop()
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Let the arrow keys bring back what was typed, in earlier conversations too."""
+    try:
+        readline = importlib.import_module("readline")
+    except ImportError:  # Windows: input() works without it
+        yield
+        return
+    file = Path(platformdirs.user_state_path("tars", appauthor=False)) / "chat_history"
+    with contextlib.suppress(OSError):  # none yet
+        readline.read_history_file(file)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+        except OSError as error:
+            click.echo(f"the history is not kept: {error}", err=True)

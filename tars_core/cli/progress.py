@@ -1,0 +1,47 @@
+"""A bar on stderr while a model loads; nothing where nobody looks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_WIDTH = 24
+
+
+class LoadBar:
+    """Drawn by :meth:`update` on the engine's thread; wiped before anything else is printed, by :meth:`wipe`."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown and sys.stderr.isatty()
+        self._drawn = False
+        self._lock = threading.Lock()
+
+    def update(self, backend: str, fraction: float, note: str) -> None:
+        """Draw it; full, it is wiped."""
+        if not self._shown:
+            return
+        filled = round(_WIDTH * fraction)
+        line = f"{backend} [{'#' * filled}{'.' * (_WIDTH - filled)}] {fraction:4.0%} {note}"
+        with self._lock:
+            sys.stderr.write("\r\x1b[K" + ("" if fraction >= 1 else line[: shutil.get_terminal_size().columns - 1]))
+            sys.stderr.flush()
+            self._drawn = fraction < 1
+
+    def wipe(self) -> None:
+        """Clear the line, if there is one."""
+        with self._lock:
+            if self._drawn:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+                self._drawn = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wipe()
