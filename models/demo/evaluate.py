@@ -20,6 +20,7 @@ import noise
 import torch
 from checkpoint import WEIGHTS, write_results
 from corpus import HERE, LANGUAGES, UNKNOWN, Conversation, Corpus, Exchange, Lang, published, read_toml
+from report import update_readme
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -172,6 +173,11 @@ def turns_summary(judge: Judge, talks: Sequence[Conversation]) -> dict[str, Any]
     }
 
 
+def draws(seed: int) -> Random:
+    """A seeded generator, so that every run measures the same questions."""
+    return Random(seed)  # noqa: S311 - not for secrets
+
+
 def percent(flags: Iterable[bool]) -> float:
     """Share of true ones in percent, to one decimal."""
     values = list(flags)
@@ -188,19 +194,19 @@ def by_intent(judge: Judge, exchanges: Iterable[Exchange]) -> dict[str, str]:
 
 def evaluate(judge: Judge) -> dict[str, Any]:
     """All figures of the README's table."""
-    held = list(Corpus().held_out_exchanges(Random(1)))
+    held = list(Corpus().held_out_exchanges(draws(1)))
     held_known = [x for x in held if x.intent != UNKNOWN]
     held_unknown = [x for x in held if x.intent == UNKNOWN]
     known, unknown, talks = independent()
     return {
         "published": summary(judge, each(published())),
         "published_with_system_prompt": summary(judge, each(published(), system=True)),
-        "published_six_turns": turns_summary(judge, six_published(Random(2))),
+        "published_six_turns": turns_summary(judge, six_published(draws(2))),
         "own_held_out_lines": summary(judge, each(held_known)),
-        "own_held_out_lines_mistyped": summary(judge, each(mistyped(held_known, Random(3)))),
+        "own_held_out_lines_mistyped": summary(judge, each(mistyped(held_known, draws(3)))),
         "own_held_out_unknown": summary(judge, each(held_unknown)),
         "independent": summary(judge, each(known)),
-        "independent_mistyped": summary(judge, each(mistyped(known, Random(4)))),
+        "independent_mistyped": summary(judge, each(mistyped(known, draws(4)))),
         "independent_unknown": summary(judge, each(unknown)),
         "independent_six_turns": turns_summary(judge, talks),
         "independent_mistakes_by_intent": by_intent(judge, known),
@@ -218,6 +224,7 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if arguments.weights == WEIGHTS:
         write_results("evaluation", figures)
+        update_readme()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ because the CPUs at hand have no fast BF16, and free of any draw. Embeddings and
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def orthogonal(matrices: Tensor) -> Tensor:
     """About the nearest matrices with singular values near one, for each of ``[K, out, in]``."""
     wide = matrices.shape[1] < matrices.shape[2]
-    x = matrices if wide else matrices.mT
+    x: Tensor = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
         gram = x @ x.mT
@@ -28,27 +27,24 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """``matrices`` are pairs of a parameter ``[out, in]`` and the number of equal blocks stacked in it."""
 
-    def __init__(self, matrices: Iterable[tuple[nn.Parameter, int]], lr: float, momentum: float, decay: float) -> None:
-        groups = [{"params": [p], "blocks": blocks} for p, blocks in matrices]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": decay})
+    def __init__(self, matrices: Iterable[tuple[nn.Parameter, int]], momentum: float, decay: float) -> None:
+        self._momentum, self._decay = momentum, decay
+        self._entries = [(p, blocks, torch.zeros_like(p)) for p, blocks in matrices]
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ANN401
-        """One update of every matrix; ``closure`` is not used."""
-        del closure
-        for group in self.param_groups:
-            parameter = group["params"][0]
-            state = self.state[parameter]
-            if not state:
-                state["velocity"] = torch.zeros_like(parameter)
-            velocity: Tensor = state["velocity"]
-            velocity.lerp_(parameter.grad, 1 - group["momentum"])
-            ahead = parameter.grad.lerp(velocity, group["momentum"])
-            blocks = ahead.view(group["blocks"], -1, ahead.shape[1])
-            update = orthogonal(blocks).reshape(parameter.shape)
-            scale = max(1.0, blocks.shape[1] / blocks.shape[2]) ** 0.5
-            parameter.mul_(1 - group["lr"] * group["decay"])
-            parameter.add_(update, alpha=-group["lr"] * scale)
+    def step(self, rate: float) -> None:
+        """One update of every matrix from its gradient, with learning rate ``rate``."""
+        with torch.no_grad():
+            for parameter, blocks, velocity in self._entries:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                velocity.lerp_(gradient, 1 - self._momentum)
+                ahead = gradient.lerp(velocity, self._momentum)
+                stack = ahead.view(blocks, -1, ahead.shape[1])
+                update = orthogonal(stack).reshape(parameter.shape)
+                scale = max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
+                parameter.mul_(1 - rate * self._decay)
+                parameter.add_(update, alpha=-rate * scale)

@@ -120,8 +120,8 @@ def pace(step: int, recipe: Recipe) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 
-def optimizers_for(network: Network, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the layers' matrices, AdamW for the rest, each with its peak learning rate."""
+def optimizers_for(network: Network, recipe: Recipe) -> tuple[torch.optim.AdamW, Muon]:
+    """Muon for the layers' matrices, AdamW for embeddings and norms."""
     stacked = {"qkv": 3, "gate_up": 2}
     matrices, embeddings, norms = [], [], []
     for name, parameter in network.named_parameters():
@@ -137,8 +137,7 @@ def optimizers_for(network: Network, recipe: Recipe) -> list[tuple[torch.optim.O
         betas=(0.9, 0.98),
         fused=True,
     )
-    muon = Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, decay=recipe.decay)
-    return [(adam, recipe.peak_rate), (muon, recipe.matrix_rate)]
+    return adam, Muon(matrices, momentum=0.95, decay=recipe.decay)
 
 
 def train(recipe: Recipe, shape: Shape, held_out: float = HELD_OUT) -> tuple[Network, Encoder]:
@@ -149,15 +148,15 @@ def train(recipe: Recipe, shape: Shape, held_out: float = HELD_OUT) -> tuple[Net
     tokenizer = train_tokenizer(tokenizer_texts(corpus, recipe.seed), shape.vocab)
     encoder = Encoder(tokenizer)
     network = Network(shape, recipe.dropout)
-    optimizers = optimizers_for(network, recipe)
+    adam, muon = optimizers_for(network, recipe)
     network.train()
     started, shown = time.monotonic(), 0.0
     source = batches(corpus, encoder, recipe, shape.context)
     for step in range(recipe.steps):
         batch = next(source)
-        for optimizer, peak in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * pace(step, recipe)
+        now = pace(step, recipe)
+        for group in adam.param_groups:
+            group["lr"] = recipe.peak_rate * now
         logits = network(batch.ids, batch.where)
         loss = functional.cross_entropy(logits, batch.target)
         # repeat_penalty scales logits by their sign: with the sum of exp held near one, the right
@@ -165,9 +164,9 @@ def train(recipe: Recipe, shape: Shape, held_out: float = HELD_OUT) -> tuple[Net
         quiet = logits.logsumexp(dim=-1).square().mean()
         (loss + recipe.quiet_logits * quiet).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        adam.step()
+        muon.step(recipe.matrix_rate * now)
+        network.zero_grad(set_to_none=True)
         shown = loss.item() if step == 0 else 0.99 * shown + 0.01 * loss.item()
         if (step + 1) % 250 == 0:
             minutes = (time.monotonic() - started) / 60
@@ -199,6 +198,7 @@ def main() -> None:
     file = arguments.out / "model.safetensors"
     figures = {
         "minutes": round((time.monotonic() - started) / 60, 1),
+        "cpu_minutes": round(time.process_time() / 60, 1),
         "steps": recipe.steps,
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "bytes": file.stat().st_size,

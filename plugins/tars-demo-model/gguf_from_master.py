@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
 
 _NORMAL, _CONTROL = int(gguf.TokenType.NORMAL), int(gguf.TokenType.CONTROL)
 
@@ -148,10 +148,11 @@ def _tensors(weights_dir: Path, config: dict[str, Any]) -> dict[str, Array]:
 def _for_rope(weight: Array, heads: int) -> Array:
     """Reorder rows ``[heads * head_width, in]``: llama.cpp rotates neighbours, transformers halves."""
     split = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
-    return split.swapaxes(1, 2).reshape(weight.shape)
+    turned: Array = split.swapaxes(1, 2).reshape(weight.shape)
+    return turned
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     """Add one metadata entry with the type that llama.cpp expects for it."""
     if key == "general.architecture":
         return  # the writer added it itself
@@ -163,8 +164,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
-    else:
+    elif isinstance(value, list):
         writer.add_array(key, value)
+    else:
+        raise TypeError(f"{key}: no GGUF type for {value!r}")
 
 
 def _as_f32(value: float) -> float:
