@@ -38,8 +38,10 @@ class Cache:
     def take(self, prompt: Sequence[int]) -> Slot | None:
         """Return an idle slot that holds the longest known beginning of ``prompt``, which is never all of it.
 
-        ``None`` while another request is still reading more of the same beginning: wait for it.
+        ``None`` while all are busy, or while another request is still reading more of the same beginning.
         """
+        if not self._idle:
+            return None
         source, held = None, 0
         if self._divisible:
             source, held = self._longest(prompt)

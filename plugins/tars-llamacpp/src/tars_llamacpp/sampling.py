@@ -12,6 +12,7 @@ from tars_llamacpp.context import Context
 from tars_llamacpp.tokens import Vocabulary
 
 _PENALTY_WINDOW = 64
+_GREEDY_BELOW = 1e-6  # nothing but the likeliest token is left; from 1e-35 on the division overflows
 _OFF = 0.0
 _KEEP_ONE = 1
 
@@ -43,7 +44,7 @@ def _samplers(vocabulary: Vocabulary, sampling: SamplingParams) -> Iterator[int]
         )
         yield llama_cpp.llama_sampler_init_logit_bias(vocabulary.size, len(never), biases)
     yield llama_cpp.llama_sampler_init_penalties(vocabulary.size, _PENALTY_WINDOW, sampling.repeat_penalty, _OFF, _OFF)
-    if sampling.temperature == 0:
+    if sampling.temperature < _GREEDY_BELOW:
         yield llama_cpp.llama_sampler_init_greedy()
         return
     yield llama_cpp.llama_sampler_init_top_k(sampling.top_k)

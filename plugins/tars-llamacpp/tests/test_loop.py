@@ -1,0 +1,241 @@
+"""The loop, step by step, in this process: who is decoded when, and what llama.cpp's codes lead to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+import tars_demo_model
+from tars_core.plugin import (
+    BackendEvent,
+    Finished,
+    GenerateRequest,
+    GenerationFailed,
+    LoadFailed,
+    LoadOptions,
+    Progress,
+    SamplingParams,
+    TextDelta,
+)
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it takes 6 to 15 minutes to build")
+
+from tars_llamacpp.context import Context, Row
+from tars_llamacpp.model import load
+
+if TYPE_CHECKING:
+    from tars_llamacpp.loop import LoopedModel
+
+GGUF = tars_demo_model.WEIGHTS / "tars-demo.gguf"
+UNIT = "<|im_end|>"  # one token, whatever the vocabulary merges
+OPTIONS = LoadOptions(threads=1, concurrency=4, context_length=1024)
+
+
+def _request(prompt: str, max_tokens: int = 20) -> GenerateRequest:
+    return GenerateRequest(prompt=prompt, sampling=SamplingParams(temperature=0, max_tokens=max_tokens))
+
+
+@pytest.fixture
+def model() -> Iterator[LoopedModel]:
+    model = load(GGUF, OPTIONS, lambda *_: None, threading.Event())
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[list[Row]]:
+    """Return what will have been decoded, batch by batch."""
+    batches: list[list[Row]] = []
+    real = Context.decode
+
+    def spy(context: Context, rows: Sequence[Row]) -> int:
+        batches.append(list(rows))
+        return real(context, rows)
+
+    monkeypatch.setattr(Context, "decode", spy)
+    return batches
+
+
+@pytest.fixture
+def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes the next calls of ``llama_decode`` return these codes without computing."""
+    real = Context.decode
+    codes: list[int] = []
+
+    def decode(context: Context, rows: Sequence[Row]) -> int:
+        return codes.pop(0) if codes else real(context, rows)
+
+    monkeypatch.setattr(Context, "decode", decode)
+    return lambda *new: codes.extend(new)
+
+
+def _run(model: LoopedModel, *requests: GenerateRequest) -> dict[int, list[BackendEvent | Exception]]:
+    for request_id, request in enumerate(requests):
+        model.submit(request_id, request)
+    return _finish(model, len(requests))
+
+
+def _finish(model: LoopedModel, count: int) -> dict[int, list[BackendEvent | Exception]]:
+    events: dict[int, list[BackendEvent | Exception]] = {}
+    ended = 0
+    while ended < count:
+        for request_id, event in model.step():
+            events.setdefault(request_id, []).append(event)
+            ended += isinstance(event, Finished | Exception)
+    assert model.step() == []
+    return events
+
+
+def _text(events: list[BackendEvent | Exception]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def test_a_prompt_is_read_in_pieces_and_told_after_each(model: LoopedModel) -> None:
+    events = _run(model, _request(UNIT * 200))[0]
+    done = [event.prompt_tokens_done for event in events if isinstance(event, Progress)]
+    assert done == [64, 128, 192]
+    assert isinstance(events[-1], Finished)
+
+
+def test_an_answer_goes_on_while_another_prompt_is_read(model: LoopedModel) -> None:
+    wild = SamplingParams(temperature=10, top_k=0, top_p=1, max_tokens=500, seed=1)
+    model.submit(0, GenerateRequest(prompt="Hola", sampling=wild))
+    model.step()
+    model.submit(1, _request(UNIT * 600))
+    steps = [model.step() for _ in range(9)]
+    assert all((1, Progress) in [(request_id, type(event)) for request_id, event in step] for step in steps)
+    tokens = [
+        len(e.token_ids) for step in steps for request_id, e in step if request_id == 0 and isinstance(e, TextDelta)
+    ]
+    assert sum(tokens) >= 6  # the last may wait for the rest of their character
+    model.cancel(0)
+    model.cancel(1)
+    assert [event.finish_reason for _, event in model.step() if isinstance(event, Finished)] == ["cancelled"] * 2
+
+
+def test_a_cancel_takes_effect_in_the_next_step_and_is_counted_so_far(
+    model: LoopedModel, decoded: list[list[Row]]
+) -> None:
+    model.submit(7, _request(UNIT * 900))
+    model.step()
+    model.cancel(7)
+    decoded.clear()
+    ((request_id, event),) = model.step()
+    assert (request_id, decoded) == (7, [])
+    assert isinstance(event, Finished)
+    assert (event.finish_reason, event.usage.prompt_tokens, event.usage.completion_tokens) == ("cancelled", 900, 0)
+
+
+def test_no_batch_holds_more_of_the_prompts_than_a_step_may(model: LoopedModel, decoded: list[list[Row]]) -> None:
+    _run(model, *(_request(text * 90) for text in ("uno ", "dos ", "tres ", "cuatro ")))
+    assert max(len(rows) for rows in decoded) <= 64 + 4
+
+
+class TestACommonBeginning:
+    def test_of_prompts_that_come_together_is_read_once(self, model: LoopedModel, decoded: list[list[Row]]) -> None:
+        texts = _run(model, *(_request(UNIT * 300 + f"{n}: Hola") for n in range(4)))
+        together = {_text(events) for events in texts.values()}
+        assert sum(len(rows) for rows in decoded) < 300 + 4 * 40
+        alone = set()
+        for n in range(4):
+            fresh = load(GGUF, OPTIONS, lambda *_: None, threading.Event())
+            alone.add(_text(_run(fresh, _request(UNIT * 300 + f"{n}: Hola"))[0]))
+            fresh.close()
+        assert together == alone
+
+    def test_of_a_conversation_is_kept_for_its_next_turn(self, model: LoopedModel, decoded: list[list[Row]]) -> None:
+        _run(model, _request(UNIT * 300))
+        decoded.clear()
+        events = _run(model, _request(UNIT * 300 + "Hola"))[0]
+        assert len(decoded[0]) < 10
+        assert isinstance(events[-1], Finished)
+        assert events[-1].usage.prompt_tokens > 300
+
+    def test_of_another_conversation_survives_in_its_own_place(
+        self, model: LoopedModel, decoded: list[list[Row]]
+    ) -> None:
+        one, other = UNIT * 200, "Hola " * 100
+        _run(model, _request(one))
+        _run(model, _request(other))
+        decoded.clear()
+        _run(model, _request(one, max_tokens=1))
+        _run(model, _request(other, max_tokens=1))
+        assert [len(rows) for rows in decoded] == [1, 1]
+
+    def test_is_not_waited_for_when_its_reader_is_cancelled(self, model: LoopedModel) -> None:
+        model.submit(0, _request(UNIT * 900))
+        model.submit(1, _request(UNIT * 900, max_tokens=1))
+        model.step()
+        model.cancel(0)
+        events = _finish(model, 2)
+        assert isinstance(events[1][-1], Finished)
+        assert events[1][-1].usage.completion_tokens == 1
+
+
+class TestNoRoomInTheCache:
+    def test_is_made_from_what_idle_sequences_keep(self, model: LoopedModel, answer_with: Callable[..., None]) -> None:
+        first = _run(model, _request("Hola"))
+        answer_with(1)
+        assert _text(_run(model, _request("Hola"))[0]) == _text(first[0])
+
+    def test_ends_the_latest_request_and_no_other(self, model: LoopedModel, answer_with: Callable[..., None]) -> None:
+        alone = _text(_run(model, _request("Hola"))[0])
+        _run(model, _request("x"))
+        model.submit(0, _request("Hola"))
+        model.submit(1, _request("Adiós"))
+        answer_with(1, 1)
+        events = _finish(model, 2)
+        assert _text(events[0]) == alone
+        assert isinstance(events[0][-1], Finished)
+        assert [str(event) for event in events[1]] == ["llama.cpp's key-value cache has no room left"]
+
+
+@pytest.mark.parametrize("code", [2, -1, -3])
+def test_after_a_code_that_leaves_the_cache_unknown_all_fail_and_the_next_starts_clean(
+    model: LoopedModel, answer_with: Callable[..., None], code: int
+) -> None:
+    alone = _text(_run(model, _request("Hola"))[0])
+    model.submit(0, _request("Hola"))
+    model.submit(1, _request("Hola"))
+    model.step()
+    answer_with(code)
+    with pytest.raises(GenerationFailed, match=rf"cannot decode \(code {code}\)"):
+        model.step()
+    assert model.step() == []
+    assert _text(_run(model, _request("Hola"))[0]) == alone
+
+
+def test_more_requests_than_places_wait_for_one(model: LoopedModel) -> None:
+    events = _run(model, *(_request("Hola") for _ in range(9)))
+    assert len({_text(one) for one in events.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "device"),
+    [
+        (["llama_prepare_model_devices: using device CUDA0 (NVIDIA H200) (0000:1b:00.0) - 142000 MiB free"], "cuda0"),
+        (["something else"], "gpu"),
+    ],
+)
+def test_the_device_is_the_gpu_that_llama_cpp_says_it_uses(
+    monkeypatch: pytest.MonkeyPatch, said: list[str], device: str
+) -> None:
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr("tars_llamacpp.log.lines", lambda: said)
+    devices = []
+    for options in (OPTIONS, msgspec.structs.replace(OPTIONS, device="cpu")):
+        model = load(GGUF, options, lambda *_: None, threading.Event())
+        devices.append(model.device)
+        model.close()
+    assert devices == [device, "cpu"]
+
+
+def test_a_load_stops_when_it_is_cancelled() -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(LoadFailed, match=r"loading tars-demo\.gguf was cancelled"):
+        load(GGUF, OPTIONS, lambda *_: None, cancel)
