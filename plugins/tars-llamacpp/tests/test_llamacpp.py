@@ -289,11 +289,16 @@ class TestLoading:
         info = tmp_path / "llama_cpp_python-0.3.99.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.3.99\n")
-        (info / "RECORD").write_text(f"llama_cpp/lib/libggml-base.so,,\nllama_cpp/lib/libggml-{kind}.so,,\n")
+        files = ("include/ggml-cuda.h", "llama_cpp/lib/libggml-base.so", f"llama_cpp/lib/libggml-{kind}.so")
+        (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
         monkeypatch.syspath_prepend(str(tmp_path))
         with InferenceEngine(plugins="llamacpp") as engine:
             (status,) = engine.backends()
         assert (status.available, status.device) == (True, device)
+
+    def test_the_probe_guesses_the_device_that_the_load_then_uses(self, engine: InferenceEngine) -> None:
+        (candidate,) = engine.plan().candidates
+        assert (candidate.report.device == "cpu") == (engine.load().device == "cpu")
 
     def test_on_the_cpu_nothing_else_is_used(self) -> None:
         with InferenceEngine(backend="llamacpp", model=GGUF, threads=1, device="cpu", gpu_layers=99) as engine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -232,6 +234,34 @@ def test_the_device_is_the_gpu_that_llama_cpp_says_it_uses(
         devices.append(model.device)
         model.close()
     assert devices == [device, "cpu"]
+
+
+def test_a_model_that_does_not_continue_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_cpp.llama_model_has_encoder", lambda _model: True)
+    with pytest.raises(LoadFailed, match=r"tars-demo\.gguf is no model that continues a text"):
+        load(GGUF, OPTIONS, lambda *_: None, threading.Event())
+
+
+def test_tokens_that_the_file_bans_are_never_sampled(model: LoopedModel, tmp_path: Path) -> None:
+    def first(model: LoopedModel) -> int:
+        return next(e.token_ids[0] for e in _run(model, _request("Hola"))[0] if isinstance(e, TextDelta))
+
+    banned = first(model)
+    file = tmp_path / "banned.gguf"
+    file.write_bytes(_with_banned_token(GGUF.read_bytes(), banned))
+    other = load(file, OPTIONS, lambda *_: None, threading.Event())
+    assert first(other) != banned
+    other.close()
+
+
+def _with_banned_token(data: bytes, token: int) -> bytes:
+    """Add an entry to a GGUF's header, and a second that keeps what follows aligned to 32 bytes."""
+    key, filler = b"tokenizer.ggml.suppress_tokens", b"filler"
+    ban = struct.pack("<Q", len(key)) + key + struct.pack("<IIQi", 9, 5, 1, token)  # an array of one int32
+    head = struct.pack("<Q", len(filler)) + filler + struct.pack("<I", 8)  # a string
+    pad = -(len(ban) + len(head) + 8) % 32
+    entries = struct.unpack_from("<Q", data, 16)[0]
+    return data[:16] + struct.pack("<Q", entries + 2) + ban + head + struct.pack("<Q", pad) + b"-" * pad + data[24:]
 
 
 def test_a_load_stops_when_it_is_cancelled() -> None:

@@ -30,6 +30,11 @@ class Context:
         self.native = context
         self.vocab = llama_cpp.llama_model_get_vocab(model)
 
+    @property
+    def continues_text(self) -> bool:
+        """Whether this is a model for that: one that embeds has no memory, one that translates an encoder."""
+        return bool(self._memory) and not llama_cpp.llama_model_has_encoder(self._model)
+
     def decode(self, rows: Sequence[Row]) -> int:
         """Compute ``rows``; return llama.cpp's code, 0 where all went well."""
         self._batch.fill(rows)

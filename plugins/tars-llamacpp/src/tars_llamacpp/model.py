@@ -111,6 +111,9 @@ def _new_context(path: Path, model: int, params: llama_cpp.llama_context_params,
 
 def _warm_up(context: Context, path: Path) -> bool:
     """Decode for the first time; say whether a part of a sequence can be forgotten. Recurrent models cannot do it."""
+    if not context.continues_text:
+        context.close()
+        raise LoadFailed(f"{path.name} is no model that continues a text", hint="embedding models cannot answer")
     code = context.decode([Row(0, 0, 0, wants_logits=False), Row(0, 1, 0, wants_logits=True)])
     if code != 0:
         context.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 
 from tars_core.plugin import (
     CancelFlag,
@@ -22,8 +23,8 @@ _OVERHEAD_BYTES = 100 * 2**20
 _CONCURRENCY = 4
 _PREFERENCE = 70  # built for this machine: faster than prebuilt wheels
 _CPU = "cpu"
-_GPU_KINDS = ("cuda", "hip", "metal", "vulkan", "sycl")
-"""A build for one of them has a shared library of that name."""
+_GPU_LIBRARY = re.compile(r"(?:lib)?ggml-(cuda|hip|metal|vulkan|sycl)\.(?:so|dylib|dll)")
+"""A build for a GPU has one of these; the headers of all come with every build."""
 
 
 @hookimpl
@@ -62,8 +63,8 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
 
 
 def _built_for(runtime: importlib.metadata.Distribution) -> str:
-    names = [file.name for file in runtime.files or ()]
-    return next((kind for kind in _GPU_KINDS if any(f"ggml-{kind}." in name for name in names)), _CPU)
+    found = (_GPU_LIBRARY.fullmatch(file.name) for file in runtime.files or ())
+    return next((match[1] for match in found if match), _CPU)
 
 
 @hookimpl
