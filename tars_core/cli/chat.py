@@ -13,7 +13,7 @@ import click
 import platformdirs
 
 from tars_core.cli import answer, output
-from tars_core.errors import ContextLengthExceeded, RequestError, StreamInterrupted
+from tars_core.errors import AllBackendsFailed, ContextLengthExceeded, RequestError, StreamInterrupted
 from tars_core.events import Finished, Started, TextDelta
 from tars_core.schema import Message
 
@@ -100,12 +100,10 @@ class Conversation:
                         self._stats = answer.summary(completion)
         except KeyboardInterrupt:
             click.secho("  (stopped)", err=True, dim=True)
-        except StreamInterrupted as error:
-            click.secho(f"\n{error}", err=True, fg="red")
         except ContextLengthExceeded as error:
             click.secho(f"{error.message}; /new begins anew", err=True, fg="red")
-        except RequestError as error:
-            click.secho(str(error), err=True, fg="red")
+        except (RequestError, StreamInterrupted, AllBackendsFailed) as error:
+            click.secho(f"\n{error}" if said else str(error), err=True, fg="red")
         if said:
             output.write("\n")
             self._turns.append(Message(role="assistant", content="".join(said)))
