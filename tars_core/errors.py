@@ -178,10 +178,13 @@ class AllBackendsFailed(TarsError):
     """Every candidate failed. ``attempts`` has one entry each, in order, with error and hint."""
 
     def __init__(self, *, attempts: Sequence[Attempt]) -> None:
-        lines = "".join(f"\n  {a.backend} ({a.model}): {a.failure.message}" for a in attempts if a.failure)
+        causes = [f"{a.backend} ({a.model}): {a.failure.message}" for a in attempts if a.failure]
+        listed = (
+            f": {causes[0]}" if len(causes) == 1 else f"; {len(causes)} tried" + "".join(f"\n  {c}" for c in causes)
+        )
         hints = [f"{a.backend}: {a.failure.hint}" for a in attempts if a.failure and a.failure.hint]
         super().__init__(
-            f"no backend answered; {len(attempts)} tried{lines}",
+            f"no backend answered{listed}",
             hint="\n  → ".join(dict.fromkeys(hints)) or "tars backends shows what is installed",
         )
         self.attempts = tuple(attempts)
