@@ -314,6 +314,29 @@ def test_a_request_from_before_the_pause_does_not_end_the_trial_under_way() -> N
     assert request(circuits, "a", "b", now=later).next(later).backend == "b"
 
 
+def test_a_request_with_no_other_choice_does_not_take_the_trial_over() -> None:
+    circuits = opened("a")
+    later = pause_s(circuits, "a", 0)
+    assert request(circuits, "a", "b", now=later).next(later).backend == "a"
+    no_choice = request(circuits, "a", now=later)
+    no_choice.next(later)
+    no_choice.undecided()
+    assert request(circuits, "a", "b", now=later).next(later).backend == "b"
+
+
+def test_after_an_answer_the_next_pause_is_a_first_one_again() -> None:
+    circuits = opened("a")
+    now = pause_s(circuits, "a", 0)
+    fail_once(circuits, "a", now)
+    now += pause_s(circuits, "a", now)
+    trial = request(circuits, "a", now=now)
+    trial.next(now)
+    trial.finished(now)
+    for _ in range(POLICY.failures):
+        fail_once(circuits, "a", now)
+    assert pause_s(circuits, "a", now) <= POLICY.cooldown_s * 1.25 + 1 / 16
+
+
 def test_each_pause_is_twice_the_last_up_to_a_bound_with_jitter_up_to_a_quarter() -> None:
     circuits = opened("a")
     now, expected = 0.0, [10, 20, 40, 80, 80, 80]

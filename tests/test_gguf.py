@@ -263,6 +263,15 @@ def test_other_names_shapes_types_or_contents_are_other_weights(read: Read, tens
     assert read(gguf(tensors=(tensor,))).weights_id != read(gguf()).weights_id
 
 
+@pytest.mark.parametrize("place", [0, 2**15 - 1], ids=["first byte", "last byte"])
+def test_of_a_large_tensor_both_ends_count(read: Read, place: int) -> None:
+    contents = bytearray(2**15)
+    shape = (2**13,)
+    before = read(gguf(tensors=(Tensor(shape=shape, data=bytes(contents)),))).weights_id
+    contents[place] = 1
+    assert read(gguf(tensors=(Tensor(shape=shape, data=bytes(contents)),))).weights_id != before
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 

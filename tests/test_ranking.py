@@ -244,6 +244,13 @@ def test_the_order_in_which_the_answers_came_does_not_matter(
     assert rank(dict(shuffled), wishes) == rank(reports, wishes)
 
 
+def test_forms_the_user_did_not_list_stand_last_in_an_order_of_their_own() -> None:
+    others = [ModelRef(scheme="path", rest=f"/{n}") for n in range(5)]
+    reports = {("a", form): report() for form in [*others, FIRST]}
+    for listed in (reports, dict(reversed(reports.items()))):
+        assert [candidate.model for candidate in rank(listed, policy())[0]] == [FIRST, *others]
+
+
 @given(ASKED, POLICIES)
 def test_ranking_changes_nothing_and_says_the_same_again(reports: dict[Key, ProbeReport], wishes: Policy) -> None:
     before = copy.deepcopy((reports, wishes))

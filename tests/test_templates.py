@@ -18,9 +18,9 @@ CHATML = """\
 <|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}
-{% if add_generation_prompt %}
+  {% if add_generation_prompt %}
 <|im_start|>assistant
-{% endif %}
+  {% endif %}
 """
 NO_SYSTEM = """\
 {{ bos_token }}{% for message in messages %}
@@ -136,9 +136,10 @@ def test_what_a_template_refuses_for_another_reason_is_the_callers_mistake_with_
     [
         (said("system", "alone"),),
         (said("system", "be brief"), said("assistant", "hello"), said("user", "hi")),
+        (said("system", "be brief"), said("assistant", "hello")),
         (said("system", "be brief"), said("user", "one"), said("user", "two")),
     ],
-    ids=["no user turn", "the assistant speaks first", "another rule is broken too"],
+    ids=["no user turn", "the assistant speaks first", "only the assistant speaks", "another rule is broken too"],
 )
 def test_a_refusal_that_merging_cannot_mend_is_told_as_it_was_first_said(messages: tuple[Message, ...]) -> None:
     with pytest.raises(RequestError, match="System role not supported"):
