@@ -152,7 +152,7 @@ def _try_out(name: str, target: str) -> Verdict:
         manager.register(plugin, name)
         manager.check_pending()
         stage = "probe"
-        manager.hook.tars_probe(model=None, limits=ProbeLimits())
+        manager.hook.tars_probe(model=None, limits=ProbeLimits(), backend_settings="{}")
     except SystemExit as error:
         return Verdict(stage=stage, reason=f"it called sys.exit({error.code!r})")
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises is the verdict

@@ -57,6 +57,9 @@ class LoadedModel:
         Requests it runs at once; the engine never hands it more.
     chat_template, bos_token, eos_token
         The model's own jinja template and the texts of the two tokens; no template: prompts stay plain text.
+    renders_chat
+        Whether the backend puts messages into the model's form itself, with a template that cannot be handed out:
+        ``request.messages`` is filled then, and ``request.prompt`` empty, unless the caller gave a raw prompt.
     adds_bos
         Whether its tokenizer puts a BOS token in front of every text.
     context_shrunk
@@ -71,6 +74,7 @@ class LoadedModel:
         context_length: int,
         concurrency: int = 1,
         chat_template: str | None = None,
+        renders_chat: bool = False,
         bos_token: str = "",
         eos_token: str = "",
         adds_bos: bool = False,
@@ -80,6 +84,7 @@ class LoadedModel:
         self.context_length = context_length
         self.concurrency = concurrency
         self.chat_template = chat_template
+        self.renders_chat = renders_chat
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.adds_bos = adds_bos
@@ -126,20 +131,24 @@ class TarsSpec:
     """The hooks."""
 
     @hookspec(firstresult=True)
-    def tars_probe(self, model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | None:
+    def tars_probe(self, model: ModelRef | None, limits: ProbeLimits, backend_settings: str) -> ProbeReport | None:
         """Say whether this machine can run ``model`` with this backend.
 
         ``model=None`` asks about the backend itself: is its runtime installed, its daemon up, on which device.
 
         Return within ``limits.deadline_s`` and do not import the runtime: look at files, sockets and
-        ``importlib.metadata``. Report facts only; the core ranks.
+        ``importlib.metadata``. Report facts only; the core ranks. ``backend_settings`` are the backend's own, as in
+        ``LoadOptions``; like every argument of a hook it can be left out of a plugin's function.
 
         ``None``: not a kind of model of mine. ``available=False``: mine, but ``reason`` stands in the way.
         """
 
     @hookspec(firstresult=True)
-    def tars_models(self) -> Sequence[OfferedModel]:
-        """Name the models this plugin brings along or can list. No network, no import of a runtime."""
+    def tars_models(self, backend_settings: str) -> Sequence[OfferedModel]:
+        """Name the models this plugin brings along or can list, within half a second; none is an answer too.
+
+        No import of a runtime, and no network but to a daemon that would run the models.
+        """
         raise NotImplementedError
 
     @hookspec(firstresult=True)

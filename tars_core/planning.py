@@ -41,7 +41,9 @@ class Planner:
             )
             for name, texts in self._settings.models.items()
         ]
-        offered = self._discovered().offered_models(ProbeLimits(deadline_s=self._settings.limits.probe_s))
+        offered = self._discovered().offered_models(
+            ProbeLimits(deadline_s=self._settings.limits.probe_s), self.backend_settings
+        )
         return (*aliases, *offered.values())
 
     def backend_settings(self, name: str) -> str:
@@ -86,10 +88,15 @@ class Planner:
         self._check_named(found, backends)
         for name in self._settings.backends.keys() & {plugin.name for plugin in found.plugins}:
             self.backend_settings(name)
-        model = resolve(self._settings.model, aliases=self._settings.models, offered=found.offered_models(limits))
+        model = resolve(
+            self._settings.model,
+            aliases=self._settings.models,
+            offered=found.offered_models(limits, self.backend_settings),
+        )
+        questions = [(b, ref) for ref in model.refs for b in backends]
         reports = {
             key: _vouched(report, model.weights_ids.get(key[1]))
-            for key, report in found.probe(((b, ref) for ref in model.refs for b in backends), limits).items()
+            for key, report in found.probe(questions, limits, self.backend_settings).items()
         }
         candidates, rejected = ranking.rank(reports, self._policy(model, running))
         rejected += tuple(
@@ -145,7 +152,7 @@ class Planner:
         """Return the state of every installed plugin, quarantined ones included."""
         found = self._discovered(recheck=True)
         limits = ProbeLimits(deadline_s=self._settings.limits.probe_s)
-        reports = found.probe([(p.name, None) for p in found.plugins], limits)
+        reports = found.probe([(p.name, None) for p in found.plugins], limits, self.backend_settings)
         working = [_status(p, reports.get((p.name, None)), found.is_backend(p.name)) for p in found.plugins]
         aside = [
             BackendStatus(

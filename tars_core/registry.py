@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
@@ -31,8 +32,16 @@ _MENDS: dict[Stage, str] = {
 }
 
 
+SettingsOf: TypeAlias = Callable[[str], str]
+"""Returns a plugin's own settings as JSON, by its name."""
+
 M = TypeVar("M", ModelRef, None)
 K = TypeVar("K")
+
+
+def _no_settings(name: str) -> str:
+    del name
+    return "{}"
 
 
 class InstalledPlugin(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,14 +141,18 @@ class Registry:
             )
         )
 
-    def probe(self, questions: Iterable[tuple[str, M]], limits: ProbeLimits) -> dict[tuple[str, M], ProbeReport]:
+    def probe(
+        self, questions: Iterable[tuple[str, M]], limits: ProbeLimits, settings: SettingsOf = _no_settings
+    ) -> dict[tuple[str, M], ProbeReport]:
         """Ask each named plugin about each model (or, with ``None``, about itself), all at once, in threads.
 
         A plugin whose probe raises, exits, returns something else or exceeds ``limits.deadline_s`` is quarantined.
         Models that are not a plugin's kind are left out.
         """
         asked = [(name, model) for name, model in questions if self._implements(name, "tars_probe")]
-        answers = _all_at_once({key: self._question(*key, limits) for key in asked}, deadline_s=limits.deadline_s)
+        answers = _all_at_once(
+            {key: self._question(*key, limits, settings(key[0])) for key in asked}, deadline_s=limits.deadline_s
+        )
         reports: dict[tuple[str, M], ProbeReport] = {}
         for key, answer in answers.items():
             plugin = self._plugins.get(key[0])
@@ -155,10 +168,11 @@ class Registry:
         """Return what a plugin's ``tars_settings`` gives; ``None`` for a plugin without settings."""
         return self._only(name, "tars_settings")() if self._implements(name, "tars_settings") else None
 
-    def offered_models(self, limits: ProbeLimits) -> dict[ModelRef, OfferedModel]:
+    def offered_models(self, limits: ProbeLimits, settings: SettingsOf = _no_settings) -> dict[ModelRef, OfferedModel]:
         """Return the models the plugins name, by their names; the first plugin by name wins."""
         names = [p.name for p in self.plugins if self._implements(p.name, "tars_models")]
-        answers = _all_at_once({name: self._only(name, "tars_models") for name in names}, deadline_s=limits.deadline_s)
+        calls = {name: partial(self._only(name, "tars_models"), backend_settings=settings(name)) for name in names}
+        answers = _all_at_once(calls, deadline_s=limits.deadline_s)
         offered: dict[ModelRef, OfferedModel] = {}
         for name, answer in answers.items():
             if isinstance(answer, Sequence) and all(isinstance(m, OfferedModel) for m in answer):
@@ -168,9 +182,8 @@ class Registry:
                 self.quarantine(self._plugins[name], "probe", f"tars_models: {_fault(answer, limits.deadline_s)}")
         return offered
 
-    def _question(self, name: str, model: ModelRef | None, limits: ProbeLimits) -> Callable[[], object]:
-        hook = self._only(name, "tars_probe")
-        return lambda: hook(model=model, limits=limits)
+    def _question(self, name: str, model: ModelRef | None, limits: ProbeLimits, settings: str) -> Callable[[], object]:
+        return partial(self._only(name, "tars_probe"), model=model, limits=limits, backend_settings=settings)
 
     def _only(self, name: str, hook: str) -> pluggy.HookCaller:
         """Return one plugin's hook alone: fanned out, one that raises would stop the rest."""

@@ -112,11 +112,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend is asked: the whole prompt as text, templates already applied.
 
+    Only a backend whose :class:`~tars_core.hookspecs.LoadedModel` says ``renders_chat`` gets ``messages`` instead.
+
     Tokenise it with special tokens recognised, and add a BOS token where the model's tokenizer adds one: the
     core has taken a leading BOS out of the rendered template.
     """
 
     prompt: str
+    messages: tuple[Message, ...] = ()
     sampling: SamplingParams
 
 

@@ -108,9 +108,12 @@ class _Prompts:
         self._template = template
 
     def prepare(self, frame: Generate) -> GenerateRequest:
-        raw = frame.prompt is not None or self._template is None
+        as_messages = frame.prompt is None and self.loaded.renders_chat
+        raw = frame.prompt is not None or (self._template is None and not as_messages)
         if frame.prompt is not None:
             prompt = frame.prompt
+        elif as_messages:
+            prompt = ""
         elif self._template is not None:
             prompt = self._template.render(frame.messages)
         else:
@@ -118,6 +121,7 @@ class _Prompts:
         sampling = frame.sampling
         return GenerateRequest(
             prompt=prompt,
+            messages=frame.messages if as_messages else (),
             sampling=msgspec.structs.replace(
                 sampling,
                 max_tokens=min(sampling.max_tokens, self.loaded.context_length),
