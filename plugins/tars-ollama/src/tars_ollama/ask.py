@@ -1,0 +1,95 @@
+"""One question to the daemon within a deadline, for the probe: httpx alone takes 0.3 s to import.
+
+A socket's own limit starts anew with every byte, and looking up a name has none at all. So the question is asked in a
+thread that is left behind when the time is up, and whose socket is closed then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tars_ollama.address import Address
+
+if TYPE_CHECKING:
+    import http.client
+
+MAX_BODY = 64 * 2**20
+"""Bytes. A list of thousands of models stays far below."""
+
+
+class NoAnswer(Exception):
+    """The daemon is off, wedged, or something else listens there."""
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What came back."""
+
+    status: int
+    body: bytes
+
+
+def ask(address: Address, path: str, body: object = None, *, deadline_s: float) -> Reply:
+    """Send a GET, or with ``body`` a POST, and return the reply whatever its status. Raises :class:`NoAnswer`."""
+    question = _Question(address, path, body, deadline_s)
+    thread = threading.Thread(target=question.run, name="tars-ollama-ask", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if question.reply is not None:
+        return question.reply
+    if thread.is_alive():
+        question.abandon()
+        raise NoAnswer(f"no answer within {deadline_s:.1f} s")
+    raise NoAnswer(question.failure)
+
+
+class _Question:
+    def __init__(self, address: Address, path: str, body: object, limit_s: float) -> None:
+        self._address = address
+        self._path = address.path + path
+        self._body = body
+        self._limit_s = limit_s
+        self._socket: socket.socket | None = None
+        self.reply: Reply | None = None
+        self.failure = ""
+
+    def run(self) -> None:
+        try:
+            self.reply = self._asked()
+        except ConnectionRefusedError:
+            self.failure = "nothing listens there"
+        except OSError as error:
+            self.failure = error.strerror or str(error) or type(error).__name__
+        except Exception as error:  # noqa: BLE001 - http.client raises HTTPException, ValueError, UnicodeError and more
+            self.failure = f"what answers there does not speak HTTP ({type(error).__name__})"
+
+    def abandon(self) -> None:
+        """End the thread's wait."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _asked(self) -> Reply:
+        with contextlib.closing(self._connection()) as connection:
+            connection.connect()
+            self._socket = connection.sock
+            body = None if self._body is None else msgspec.json.encode(self._body)
+            headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if body else {})
+            connection.request("GET" if body is None else "POST", self._path, body, headers)
+            response = connection.getresponse()
+            data = response.read(MAX_BODY + 1)
+            if len(data) > MAX_BODY:
+                raise ValueError("too much")
+            return Reply(response.status, data)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        from http.client import HTTPConnection, HTTPSConnection  # noqa: PLC0415 - only where there is a question
+
+        if self._address.scheme not in ("http", "https"):
+            raise OSError(f"Ollama speaks http or https, not {self._address.scheme}")
+        kind = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
+        return kind(self._address.host, self._address.port, timeout=self._limit_s)
