@@ -93,15 +93,16 @@ _HOMES = ("errors", "schema", "events", "engine")
 """Where the names live, the cheapest to import first."""
 
 
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f"tars_core.{home}")
-            if hasattr(module, name):
-                value: object = getattr(module, name)
-                globals()[name] = value
-                return value
-    raise AttributeError(f"module 'tars_core' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker that saw it would accept any name
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            for home in _HOMES:
+                module = importlib.import_module(f"tars_core.{home}")
+                if hasattr(module, name):
+                    value = globals()[name] = getattr(module, name)
+                    return value
+        raise AttributeError(f"module 'tars_core' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -166,6 +166,7 @@ class Attempts:
             elif self._circuits.closed(key, now) or not untried:
                 self._current, self._began, self._stage = candidate, now, "load"
                 self._circuits.began(key, self)
+                self.attempts = [a for a in self.attempts if (a.backend, a.model) != key]  # "paused" is over
                 return candidate
             else:
                 self._skip(candidate, "paused after repeated failures", now)
@@ -227,12 +228,15 @@ class Attempts:
         Raises ``StreamInterrupted`` once text was delivered, and ``AllBackendsFailed`` when the whole time is up.
         """
         candidate = self._active()
+        key = (candidate.backend, candidate.model)
         died = isinstance(error, WorkerDied)
         overdue = error.stage if isinstance(error, DeadlineExceeded) else None
-        # Shared with others: a worker's end, a hang it is killed for, a load. The whole time is each request's own.
-        shared = died or overdue not in (None, "total") or (overdue is None and self._stage == "load")
-        key = (candidate.backend, candidate.model)
-        self._circuits.failed(key, self, now, incident=incident if shared else None, died=died)
+        if overdue == "total":
+            self._circuits.undecided(key, self)  # the last candidate may have had only what others left of the time
+        else:
+            # Shared with others: a worker's end, a hang it is killed for, a load.
+            shared = died or overdue is not None or self._stage == "load"
+            self._circuits.failed(key, self, now, incident=incident if shared else None, died=died)
         self._record(candidate, now, Failure.of(error))
         outcome: TarsError | None = None
         if self._text:

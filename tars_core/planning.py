@@ -59,6 +59,13 @@ class Planner:
         except pydantic.ValidationError as error:
             raise self._settings.explain(error, f"backends.{name}.", model) from None
 
+    def _settings_error(self, name: str) -> ConfigError | None:
+        try:
+            self.backend_settings(name)
+        except ConfigError as error:
+            return error
+        return None
+
     def plugin(self, name: str) -> tuple[str | None, object]:
         """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself."""
         found = self._discovered()
@@ -152,7 +159,10 @@ class Planner:
         """Return the state of every installed plugin, quarantined ones included."""
         found = self._discovered(recheck=True)
         limits = ProbeLimits(deadline_s=self._settings.limits.probe_s)
-        reports = found.probe([(p.name, None) for p in found.plugins], limits, self.backend_settings)
+        wrong = {p.name: error for p in found.plugins if (error := self._settings_error(p.name))}
+        asked: list[tuple[str, None]] = [(p.name, None) for p in found.plugins if p.name not in wrong]
+        reports = found.probe(asked, limits, self.backend_settings)
+        reports |= {(n, None): ProbeReport(available=False, reason=e.message, hint=e.hint) for n, e in wrong.items()}
         working = [_status(p, reports.get((p.name, None)), found.is_backend(p.name)) for p in found.plugins]
         aside = [
             BackendStatus(

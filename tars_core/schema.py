@@ -20,6 +20,9 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 RAW_STOP = ("User:", "Usuario:")
 """A raw prompt has no roles of its own; without these a base model goes on to play the user."""
 
+MAX_TEXT = 2**26
+"""Characters of one text; beyond every model's context, and within one frame to a worker."""
+
 _PATH = "path"
 
 
@@ -335,9 +338,11 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_text(what: str, text: object) -> None:
-    """Raise ``RequestError`` unless ``text`` is a string that UTF-8 can express."""
+    """Raise ``RequestError`` unless ``text`` is a string that UTF-8 can express, of at most 64 Mi characters."""
     if not isinstance(text, str):
         raise errors.RequestError(f"{what} must be text, not {type(text).__name__}")
+    if len(text) > MAX_TEXT:
+        raise errors.RequestError(f"{what} has {len(text)} characters", hint=f"no model takes more than {MAX_TEXT}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

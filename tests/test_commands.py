@@ -108,7 +108,7 @@ def test_benchmark_draws_a_table_and_names_what_failed(write_script: WriteScript
 
 
 def test_doctor_tells_versions_plugins_and_settings_and_no_secret(tmp_path: Path) -> None:
-    (tmp_path / "tars.toml").write_text("[backends.alpha]\napi_key = 'hunter2'\nhost = 'http://me:pw@there:1'\n")
+    (tmp_path / "tars.toml").write_text("[backends.absent]\napi_key = 'hunter2'\nhost = 'http://me:pw@there:1'\n")
     secrets = {"HF_TOKEN": "hunter2", "https_proxy": "http://user:hunter2@proxy:3128", "OLLAMA_API_KEY": "hunter2"}
     done = tars("doctor", cwd=tmp_path, environment=secrets)
     assert "hunter2" not in done.stdout + done.stderr

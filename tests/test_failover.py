@@ -247,7 +247,7 @@ def test_a_candidate_that_was_passed_over_is_tried_when_it_is_the_last_one_left(
     assert attempts.next(0).backend == "b"
     attempts.failed(LoadFailed("no"), 0, incident=next(SERIALS))
     assert attempts.next(0).backend == "a"
-    assert kinds(attempts.finished(1)) == [("a", "Skipped"), ("b", "LoadFailed"), ("a", None)]
+    assert kinds(attempts.finished(1)) == [("b", "LoadFailed"), ("a", None)]
 
 
 def test_where_all_are_paused_they_are_tried_in_order() -> None:
@@ -423,7 +423,19 @@ def test_a_request_out_of_time_does_not_hide_the_later_death_of_its_worker() -> 
     other = request(circuits, "a", now=99)
     other.next(99)
     other.failed(WorkerDied(returncode=-11), 101, incident=7)
+    for _ in range(POLICY.failures - 1):
+        fail_once(circuits, "a", 101)
     assert not circuits.closed(key("a"), 101)
+
+
+def test_a_request_that_runs_out_of_its_whole_time_says_nothing_about_the_backend() -> None:
+    circuits = new_circuits()
+    for _ in range(20):
+        late = request(circuits, "a")
+        late.next(0)
+        with pytest.raises(AllBackendsFailed):
+            late.failed(late.expired(100), 100, incident=next(SERIALS))
+    assert circuits.closed(key("a"), 100)
 
 
 def test_a_request_that_ends_undecided_never_counts() -> None:

@@ -41,6 +41,7 @@ _MAX_ENTRIES = 2**20
 _MAX_TENSORS = 2**20
 _MAX_ELEMENTS = 2**28
 _MAX_KEY = 2**16
+_MAX_TEXT = 2**24
 _MAX_DIMENSIONS = 4
 _MAX_DEPTH = 4
 
@@ -217,7 +218,7 @@ class _Reader:
     def _value(self, kind: int, depth: int = 0) -> object:
         """Read a value; arrays are skipped and come back as ``None``."""
         if kind == _STRING:
-            return self._string(_MAX_ELEMENTS)
+            return self._string(_MAX_TEXT)
         if kind == _ARRAY:
             self._skip_array(depth)
             return None
