@@ -138,35 +138,49 @@ def test_no_batch_holds_more_of_the_prompts_than_a_step_may(model: LoopedModel, 
 
 
 class TestACommonBeginning:
+    """Is read, kept and shared in whole pieces of 64 tokens."""
+
     def test_of_prompts_that_come_together_is_read_once(self, model: LoopedModel, decoded: list[list[Row]]) -> None:
-        texts = _run(model, *(_request(UNIT * 300 + f"{n}: Hola") for n in range(4)))
-        together = {_text(events) for events in texts.values()}
-        assert sum(len(rows) for rows in decoded) < 300 + 4 * 40
-        alone = set()
-        for n in range(4):
-            fresh = load(GGUF, OPTIONS, lambda *_: None, threading.Event())
-            alone.add(_text(_run(fresh, _request(UNIT * 300 + f"{n}: Hola"))[0]))
-            fresh.close()
-        assert together == alone
+        requests = [_request(UNIT * 320 + f"{n}: Hola", max_tokens=3) for n in range(4)]
+        together = [_text(events) for events in _run(model, *requests).values()]
+        assert [len(rows) for rows in decoded[:5]] == [64] * 5
+        assert sum(len(rows) for rows in decoded) < 320 + 4 * 40
+        assert together == [_text(_run(model, request)[0]) for request in requests]
 
     def test_of_a_conversation_is_kept_for_its_next_turn(self, model: LoopedModel, decoded: list[list[Row]]) -> None:
         _run(model, _request(UNIT * 300))
         decoded.clear()
-        events = _run(model, _request(UNIT * 300 + "Hola"))[0]
-        assert len(decoded[0]) < 10
+        events = _run(model, _request(UNIT * 400))[0]
+        assert [len(rows) for rows in decoded[:3]] == [64, 64, 400 - 256 - 128]
         assert isinstance(events[-1], Finished)
-        assert events[-1].usage.prompt_tokens > 300
+        assert events[-1].usage.prompt_tokens == 400
 
     def test_of_another_conversation_survives_in_its_own_place(
         self, model: LoopedModel, decoded: list[list[Row]]
     ) -> None:
-        one, other = UNIT * 200, "Hola " * 100
-        _run(model, _request(one))
-        _run(model, _request(other))
+        one, other = _request(UNIT * 200, max_tokens=1), _request("<|im_start|>" * 200, max_tokens=1)
+        _run(model, one)
+        _run(model, other)
+        for n in range(9):
+            _run(model, _request(f"Hola {n}"))  # short ones keep nothing and push nobody out
         decoded.clear()
-        _run(model, _request(one, max_tokens=1))
-        _run(model, _request(other, max_tokens=1))
-        assert [len(rows) for rows in decoded] == [1, 1]
+        _run(model, one)
+        _run(model, other)
+        assert [len(rows) for rows in decoded] == [8, 8]
+
+    def test_leaves_the_last_token_to_be_read(self, model: LoopedModel, decoded: list[list[Row]]) -> None:
+        _run(model, _request(UNIT * 128, max_tokens=1))
+        decoded.clear()
+        _run(model, _request(UNIT * 128, max_tokens=1))
+        assert [len(rows) for rows in decoded] == [64]
+
+    def test_changes_no_sampled_text(self, model: LoopedModel) -> None:
+        def sample(prompt: str) -> str:
+            wild = SamplingParams(temperature=3, top_p=1, seed=5, max_tokens=60)
+            return _text(_run(model, GenerateRequest(prompt=prompt, sampling=wild))[0])
+
+        prompts = [UNIT * 300 + "Hola", "Hola", UNIT * 64, UNIT * 300 + "Adiós", "¿Qué?"]
+        assert [sample(prompt) for prompt in prompts] == [sample(prompt) for prompt in prompts]
 
     def test_is_not_waited_for_when_its_reader_is_cancelled(self, model: LoopedModel) -> None:
         model.submit(0, _request(UNIT * 900))
@@ -181,15 +195,15 @@ class TestACommonBeginning:
 class TestNoRoomInTheCache:
     def test_is_made_from_what_idle_sequences_keep(self, model: LoopedModel, answer_with: Callable[..., None]) -> None:
         first = _run(model, _request("Hola"))
+        _run(model, _request(UNIT * 100))
         answer_with(1)
         assert _text(_run(model, _request("Hola"))[0]) == _text(first[0])
 
     def test_ends_the_latest_request_and_no_other(self, model: LoopedModel, answer_with: Callable[..., None]) -> None:
         alone = _text(_run(model, _request("Hola"))[0])
-        _run(model, _request("x"))
         model.submit(0, _request("Hola"))
         model.submit(1, _request("Adiós"))
-        answer_with(1, 1)
+        answer_with(1)
         events = _finish(model, 2)
         assert _text(events[0]) == alone
         assert isinstance(events[0][-1], Finished)

@@ -57,7 +57,7 @@ class _Step:
 
     def add(self, sequence: _Sequence, slot: Slot, tokens: list[int], *, complete: bool) -> None:
         """Append ``tokens``; the logits of the last are wanted where they complete what is to be read."""
-        start, last = len(slot.tokens), len(tokens) - 1
+        start, last = slot.length, len(tokens) - 1
         self.rows += [
             Row(token, start + at, slot.sequence, wants_logits=complete and at == last)
             for at, token in enumerate(tokens)
@@ -68,8 +68,8 @@ class _Step:
 class LoopedModel(LoadedModel):
     """A model in memory. Implements the batched form of the contract.
 
-    Prompts are read one after the other, oldest first: so the first answer begins early, and a beginning that
-    several prompts share is read once.
+    Prompts are read one after the other, oldest first, ``piece`` tokens a step: so the first answer begins early, and
+    a beginning that several prompts share is read once.
     """
 
     def __init__(  # noqa: PLR0913 - each is one fact about the model
@@ -81,7 +81,7 @@ class LoopedModel(LoadedModel):
         context_length: int,
         context_shrunk: bool,
         slots: int,
-        prompt_tokens_a_step: int,
+        piece: int,
         divisible: bool,
     ) -> None:
         super().__init__(
@@ -96,8 +96,8 @@ class LoopedModel(LoadedModel):
         )
         self._context = context
         self._vocabulary = Vocabulary(context.vocab)
-        self._cache = Cache(context, slots, divisible=divisible)
-        self._prompt_tokens_a_step = prompt_tokens_a_step
+        self._cache = Cache(context, slots, piece=piece, divisible=divisible)
+        self._piece = piece
         self._sequences: list[_Sequence] = []  # the oldest first
 
     def submit(self, request_id: int, request: GenerateRequest) -> None:
@@ -127,7 +127,7 @@ class LoopedModel(LoadedModel):
         if not step.rows or not self._decode(step.rows, reported):
             return reported
         for sequence, slot, tokens, row in step.feeds:
-            slot.tokens += tokens
+            slot.length += len(tokens)
             if row is not None:
                 sequence.next_token = sequence.sampler.sample(self._context, row)
                 events = sequence.answer.push(sequence.next_token)
@@ -135,7 +135,7 @@ class LoopedModel(LoadedModel):
                 if sequence.answer.finished:
                     self._end(sequence)
         reported += [
-            (s.request_id, Progress(prompt_tokens_done=len(s.slot.tokens) if s.slot else 0))
+            (s.request_id, Progress(prompt_tokens_done=s.slot.length if s.slot else 0))
             for s in self._sequences
             if s.next_token is None
         ]
@@ -158,17 +158,18 @@ class LoopedModel(LoadedModel):
         for sequence in self._sequences:
             if sequence.slot is not None and sequence.next_token is not None:
                 step.add(sequence, sequence.slot, [sequence.next_token], complete=True)
-        room = self._prompt_tokens_a_step
+        room = self._piece
         for sequence in self._sequences:
-            if sequence.next_token is not None or not room:
+            if sequence.next_token is not None:
                 continue
             sequence.slot = slot = sequence.slot or self._cache.take(sequence.prompt)
             if slot is None:
                 continue
-            done = len(slot.tokens)
-            tokens = sequence.prompt[done : done + room]
-            room -= len(tokens)
-            step.add(sequence, slot, tokens, complete=done + len(tokens) == len(sequence.prompt))
+            end = slot.length + self._piece
+            tokens = sequence.prompt[slot.length : end]
+            if len(tokens) <= room:
+                room -= len(tokens)
+                step.add(sequence, slot, tokens, complete=end >= len(sequence.prompt))
         return step
 
     def _decode(self, rows: list[Row], reported: list[Reported]) -> bool:

@@ -16,10 +16,10 @@ from tars_llamacpp.context import Context, Row
 from tars_llamacpp.loop import LoopedModel
 
 _DEFAULT_CONTEXT = 8192
-_PROMPT_TOKENS_A_STEP = 64
-"""Whoever decodes meanwhile, or cancels, waits for them: 0.3 s with a 135M model on one core. Fewer are slower to
-read: 64 at a time 191 tokens/s, 128 195, 32 135."""
-_PROMPT_TOKENS_A_STEP_GPU = 512  # llama.cpp's own default
+_PIECE = 64
+"""Tokens of the prompts a step reads. Whoever decodes meanwhile, or cancels, waits for them: 0.3 s with a 135M model
+on one core. Fewer are slower to read: 64 at a time 191 tokens/s, 128 195, 32 135."""
+_PIECE_GPU = 512  # llama.cpp's own default
 _PROGRESS_STEP = 0.01
 _ALL_LAYERS = -1
 _CPU = "cpu"
@@ -37,10 +37,10 @@ def load(path: Path, options: LoadOptions, progress: ProgressCallback, cancel: C
     log.listen()
     llama_cpp.llama_backend_init()
     layers = _gpu_layers(options)
-    prompt_tokens_a_step = _PROMPT_TOKENS_A_STEP_GPU if layers else _PROMPT_TOKENS_A_STEP
+    piece = _PIECE_GPU if layers else _PIECE
     model = _load_weights(path, layers, progress, cancel)
     params = llama_cpp.llama_context_default_params()
-    params.n_batch = params.n_ubatch = prompt_tokens_a_step + slots
+    params.n_batch = params.n_ubatch = piece + slots
     params.n_seq_max = params.n_outputs_max = slots
     params.n_threads = params.n_threads_batch = options.threads or max(1, _cores() // 2)
     params.kv_unified = True  # else sharing a part of a sequence aborts the process
@@ -56,7 +56,7 @@ def load(path: Path, options: LoadOptions, progress: ProgressCallback, cancel: C
         context_length=context_length,
         context_shrunk=context_length < wanted,
         slots=slots,
-        prompt_tokens_a_step=prompt_tokens_a_step,
+        piece=piece,
         divisible=_warm_up(context, path),
     )
 
