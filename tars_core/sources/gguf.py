@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -44,6 +45,7 @@ _MAX_KEY = 2**16
 _MAX_TEXT = 2**24
 _MAX_DIMENSIONS = 4
 _MAX_DEPTH = 4
+_STRIDE = 4096
 
 # Elements and bytes of one block, by tensor type (ggml's type table).
 _BLOCKS = {
@@ -103,11 +105,19 @@ def _damaged(path: Path, why: str) -> LoadFailed:
     return LoadFailed(f"{path.name} is not a sound GGUF file: {why}", hint="copy or download the file again")
 
 
+class _Strings(NamedTuple):
+    """An array of strings that was skipped: how many, and where every 4,096th begins."""
+
+    count: int
+    places: list[int]
+
+
 class _Reader:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data = data
         self._path = path
         self._at = 4
+        self._skipped = _Strings(count=0, places=[])
 
     def header(self) -> GGUFHeader:
         if self._data[:4] != _MAGIC:
@@ -117,13 +127,14 @@ class _Reader:
             raise _damaged(self._path, f"version {version} is unknown")
         tensors, entries = self._bounded("tensors", _MAX_TENSORS), self._bounded("entries", _MAX_ENTRIES)
         values: dict[str, object] = {}
-        token_table: int | None = None
+        tokens = _Strings(count=0, places=[])
         for _ in range(entries):
             key = self._string(_MAX_KEY)
             kind = self._u32()
-            if key == "tokenizer.ggml.tokens":
-                token_table = self._at
+            self._skipped = _Strings(count=0, places=[])
             value = self._value(kind)
+            if key == "tokenizer.ggml.tokens":
+                tokens = self._skipped
             if value is not None:
                 values[key] = value
         infos = list(self._tensor_infos(tensors))
@@ -150,8 +161,8 @@ class _Reader:
             key_length=self._whole(values, f"{architecture}.attention.key_length", per_head),
             value_length=self._whole(values, f"{architecture}.attention.value_length", per_head),
             chat_template=self._text(values, "tokenizer.chat_template"),
-            bos_token=self._token(token_table, values.get("tokenizer.ggml.bos_token_id")),
-            eos_token=self._token(token_table, values.get("tokenizer.ggml.eos_token_id")),
+            bos_token=self._token(tokens, values.get("tokenizer.ggml.bos_token_id")),
+            eos_token=self._token(tokens, values.get("tokenizer.ggml.eos_token_id")),
             adds_bos=self._adds_bos(values),
             tensor_bytes=sum(size for _, _, size, _ in infos),
             weights_id=_weights_id(self._data, start, infos),
@@ -181,15 +192,12 @@ class _Reader:
             raise _damaged(self._path, f"{key} is {value}")
         return value
 
-    def _token(self, table: int | None, index: object) -> str:
+    def _token(self, tokens: _Strings, index: object) -> str:
         """Return the text of a token of the vocabulary, which was skipped before."""
-        if table is None or isinstance(index, bool) or not isinstance(index, int):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < tokens.count:
             return ""
-        self._at = table
-        kind, count = self._u32(), self._u64()
-        if kind != _STRING or not 0 <= index < count:
-            return ""
-        self._skip_strings(index)
+        self._at = tokens.places[index // _STRIDE]
+        self._skip_strings(index % _STRIDE)
         return self._string(_MAX_KEY)
 
     def _tensor_infos(self, count: int) -> Iterator[tuple[str, int, int, bytes]]:
@@ -247,9 +255,13 @@ class _Reader:
     def _skip_strings(self, count: int) -> None:
         # The hot loop: a vocabulary has 150,000 tokens and as many merges. Running past the end is a struct.error.
         at, data, unpack = self._at, self._data, _U64.unpack_from
-        for _ in range(count):
-            at += 8 + unpack(data, at)[0]
+        places = []
+        for left in range(count, 0, -_STRIDE):
+            places.append(at)
+            for _ in range(min(left, _STRIDE)):
+                at += 8 + unpack(data, at)[0]
         self._at = at
+        self._skipped = _Strings(count=count, places=places)
 
     def _advance(self, size: int) -> None:
         if size > len(self._data) - self._at:
