@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 import tars_demo_model
-from tars_core import AllBackendsFailed, ContextLengthExceeded, InferenceEngine, StreamEvent, TextDelta
+from tars_core import ContextLengthExceeded, InferenceEngine, StreamEvent, TextDelta
 from tars_transformers import TransformersBackend
 
 WEIGHTS = tars_demo_model.WEIGHTS
@@ -78,10 +75,6 @@ class TestAnAnswer:
             completion = engine.complete(QUESTION, temperature=0, max_tokens=limit)
             assert (completion.finish_reason, completion.usage.completion_tokens) == ("length", limit)
             assert answer.startswith(completion.text)
-
-    def test_is_bounded_by_the_context_where_max_tokens_is_huge(self, engine: InferenceEngine) -> None:
-        completion = engine.complete(UNIT * 500, raw=True, temperature=10, top_k=0, top_p=1, max_tokens=2**40, seed=3)
-        assert (completion.finish_reason, completion.usage.completion_tokens) == ("length", 12)
 
 
 class TestSampling:
@@ -160,31 +153,6 @@ class TestACancel:
         assert completion.timings.load_s is None, "a worker that does not stop is killed, and loaded anew"
         assert completion.timings.ttft_s is not None
         assert completion.timings.ttft_s < 2
-
-
-def test_a_context_of_the_users_own_is_kept_and_progress_is_told() -> None:
-    told: list[tuple[str, float, str]] = []
-    with InferenceEngine(
-        backend="transformers", model=WEIGHTS, threads=1, context_length=64, on_load=lambda *news: told.append(news)
-    ) as engine:
-        assert engine.load().context_length == 64
-        with pytest.raises(ContextLengthExceeded):
-            engine.complete(UNIT * 64, raw=True)
-    fractions = [fraction for _, fraction, _ in told]
-    assert fractions == sorted(fractions)
-    assert {"importing torch", "importing transformers", "loading weights"} <= {note for _, _, note in told}
-
-
-def test_a_file_transformers_cannot_load_gives_its_own_words(tmp_path: Path) -> None:
-    folder = tmp_path / "strange"
-    shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns("*.gguf"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "xlama", "architectures": []}))
-    with (
-        InferenceEngine(model=folder, backend="transformers", threads=1) as engine,
-        pytest.raises(AllBackendsFailed, match=r"transformers cannot load strange: .*xlama"),
-    ):
-        engine.generate("hola")
 
 
 def test_alone_it_takes_raw_prompts() -> None:
