@@ -108,7 +108,7 @@ def _damaged(path: Path, why: str) -> LoadFailed:
 class _Strings(NamedTuple):
     """An array of strings that was skipped: how many, and where every 4,096th begins."""
 
-    count: int
+    size: int
     places: list[int]
 
 
@@ -117,7 +117,7 @@ class _Reader:
         self._data = data
         self._path = path
         self._at = 4
-        self._skipped = _Strings(count=0, places=[])
+        self._skipped = _Strings(size=0, places=[])
 
     def header(self) -> GGUFHeader:
         if self._data[:4] != _MAGIC:
@@ -127,11 +127,11 @@ class _Reader:
             raise _damaged(self._path, f"version {version} is unknown")
         tensors, entries = self._bounded("tensors", _MAX_TENSORS), self._bounded("entries", _MAX_ENTRIES)
         values: dict[str, object] = {}
-        tokens = _Strings(count=0, places=[])
+        tokens = _Strings(size=0, places=[])
         for _ in range(entries):
             key = self._string(_MAX_KEY)
             kind = self._u32()
-            self._skipped = _Strings(count=0, places=[])
+            self._skipped = _Strings(size=0, places=[])
             value = self._value(kind)
             if key == "tokenizer.ggml.tokens":
                 tokens = self._skipped
@@ -194,7 +194,7 @@ class _Reader:
 
     def _token(self, tokens: _Strings, index: object) -> str:
         """Return the text of a token of the vocabulary, which was skipped before."""
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < tokens.count:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < tokens.size:
             return ""
         self._at = tokens.places[index // _STRIDE]
         self._skip_strings(index % _STRIDE)
@@ -261,7 +261,7 @@ class _Reader:
             for _ in range(min(left, _STRIDE)):
                 at += 8 + unpack(data, at)[0]
         self._at = at
-        self._skipped = _Strings(count=count, places=places)
+        self._skipped = _Strings(size=count, places=places)
 
     def _advance(self, size: int) -> None:
         if size > len(self._data) - self._at:
