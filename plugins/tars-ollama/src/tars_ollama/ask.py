@@ -9,14 +9,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from tars_ollama.address import Address
-
-if TYPE_CHECKING:
-    import http.client
 
 MAX_BODY = 64 * 2**20
 """Bytes. A list of thousands of models stays far below."""
@@ -74,9 +70,14 @@ class _Question:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def _asked(self) -> Reply:
-        with contextlib.closing(self._connection()) as connection:
-            connection.connect()
-            self._socket = connection.sock
+        if self._address.scheme not in ("http", "https"):
+            raise OSError(f"Ollama speaks http or https, not {self._address.scheme}")
+        place = self._address.host, self._address.port
+        with socket.create_connection(place, timeout=self._limit_s) as self._socket:
+            from http.client import HTTPConnection  # noqa: PLC0415 - 40 ms, where somebody listens
+
+            connection = HTTPConnection(*place)
+            connection.sock = self._socket if self._address.scheme == "http" else self._encrypted(self._socket)
             body = None if self._body is None else msgspec.json.encode(self._body)
             headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if body else {})
             connection.request("GET" if body is None else "POST", self._path, body, headers)
@@ -86,10 +87,7 @@ class _Question:
                 raise ValueError("too much")
             return Reply(response.status, data)
 
-    def _connection(self) -> http.client.HTTPConnection:
-        from http.client import HTTPConnection, HTTPSConnection  # noqa: PLC0415 - only where there is a question
+    def _encrypted(self, plain: socket.socket) -> socket.socket:
+        import ssl  # noqa: PLC0415 - for the daemon behind a proxy
 
-        if self._address.scheme not in ("http", "https"):
-            raise OSError(f"Ollama speaks http or https, not {self._address.scheme}")
-        kind = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
-        return kind(self._address.host, self._address.port, timeout=self._limit_s)
+        return ssl.create_default_context().wrap_socket(plain, server_hostname=self._address.host)

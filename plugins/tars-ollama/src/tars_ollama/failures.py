@@ -117,10 +117,9 @@ def told(value: object, *, status: int, retry_after: str | None = None) -> Fault
         prompt, context = value.get("n_prompt_tokens"), value.get("n_ctx")
         if isinstance(prompt, int) and isinstance(context, int):
             figures = prompt, context
-        following = value.get("error") or value.get("message")
-        if following is None:
+        if "error" not in value and "message" not in value:
             break
-        value = following
+        value = value["error"] if "error" in value else value["message"]
     message = value if isinstance(value, str) else json.dumps(value)
     return Fault(message[:_WORDS], status=status, figures=figures, retry_after_s=_seconds(retry_after))
 

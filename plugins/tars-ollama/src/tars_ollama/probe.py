@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tars_core.plugin import ProbeReport
-from tars_ollama import store, wire
+from tars_ollama import wire
 from tars_ollama.address import Address
 from tars_ollama.ask import NoAnswer, Reply, ask
 from tars_ollama.failures import read_fault
@@ -42,6 +42,8 @@ def named(name: str, address: Address, deadline_s: float) -> ProbeReport:
         return _absent(address, "what answers there is not Ollama")
     if not show.generates:
         return ProbeReport(available=False, reason=f"it writes no text; it can {', '.join(show.capabilities or ())}")
+    from tars_ollama import store  # noqa: PLC0415 - not where the daemon is off
+
     header = None if show.adapted else store.header(show, local=address.loopback)
     return ProbeReport(
         available=True,
