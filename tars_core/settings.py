@@ -11,13 +11,12 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import platformdirs
 import pydantic
-import pydantic_settings
 from pydantic import BeforeValidator, Field
 
 from tars_core.errors import ConfigError
@@ -28,8 +27,8 @@ else:
     import tomli as tomllib
 
 _log = logging.getLogger("tars_core.settings")
-_ENV_PREFIX = "TARS_"
-_NESTED = "__"
+ENV_PREFIX = "TARS_"
+NESTED = "__"
 _USE = "use_"
 _DEFAULT = "default"
 
@@ -42,7 +41,7 @@ def _names(value: object) -> object:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], pydantic_settings.NoDecode, BeforeValidator(_names)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 class LimitSettings(pydantic.BaseModel):
@@ -60,12 +59,10 @@ class LimitSettings(pydantic.BaseModel):
     probe_s: Seconds = 2.0
 
 
-class Settings(pydantic_settings.BaseSettings):
+class Settings(pydantic.BaseModel):
     """Every setting of an engine, with its default."""
 
-    model_config = pydantic_settings.SettingsConfigDict(
-        env_prefix=_ENV_PREFIX, env_nested_delimiter=_NESTED, extra="forbid", frozen=True
-    )
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
     """Path, reference or alias; ``None``: the demo model."""
@@ -99,18 +96,6 @@ class Settings(pydantic_settings.BaseSettings):
     """A backend's own settings, by its name; see the backend's page."""
 
     _origins: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[pydantic_settings.BaseSettings],  # noqa: ARG003 - the interface's own
-        init_settings: pydantic_settings.PydanticBaseSettingsSource,
-        env_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[pydantic_settings.PydanticBaseSettingsSource, ...]:
-        """Take values only as given: :func:`load_settings` merges the sources itself, to know each one's origin."""
-        return (init_settings,)
 
     def forbids(self, backend: str) -> bool:
         """Say whether ``use`` forbids ``backend``; ``llama_cpp`` and ``llamacpp`` are one name."""
@@ -173,7 +158,7 @@ class _Layer(NamedTuple):
     def origin(self, key: str) -> str:
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
-            name = (_ENV_PREFIX + _NESTED.join(parts[:length])).upper()
+            name = (ENV_PREFIX + NESTED.join(parts[:length])).upper()
             if name in self.variables:
                 return f"{self.place} {name}"
         return self.place
@@ -182,18 +167,7 @@ class _Layer(NamedTuple):
 def _layers(arguments: Mapping[str, object], file: Path | None, folder: Path | None) -> Iterator[_Layer]:
     """Yield the sources, best first."""
     yield _Layer("argument", _from_arguments(arguments))
-    environment = frozenset(name.upper() for name in os.environ if name.upper().startswith(_ENV_PREFIX))
-    _check_variables(environment)
-    yield _Layer("environment variable", _read(pydantic_settings.EnvSettingsSource(Settings)), environment)
-    if folder is not None and (folder / ".env").is_file():
-        try:
-            source = pydantic_settings.DotEnvSettingsSource(Settings, env_file=folder / ".env")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder / '.env'} cannot be read: {error}") from error
-        variables = frozenset(name.upper() for name in source.env_vars if name.upper().startswith(_ENV_PREFIX))
-        _check_variables(variables)
-        values = {key: value for key, value in _read(source).items() if key in Settings.model_fields}
-        yield _Layer(f"{folder / '.env'}:", values, variables)
+    yield from _variables(os.environ, folder)
     if file is not None:
         if not file.is_file():
             raise ConfigError(f"there is no settings file {file}")
@@ -202,6 +176,20 @@ def _layers(arguments: Mapping[str, object], file: Path | None, folder: Path | N
         yield _toml(folder / "tars.toml")
         yield _toml(folder / "pyproject.toml", "tool", "tars")
     yield _toml(user_file())
+
+
+def _variables(environment: Mapping[str, str], folder: Path | None) -> Iterator[_Layer]:
+    names = _ours(environment)
+    dotenv = folder / ".env" if folder is not None else None
+    has_file = dotenv is not None and dotenv.is_file()
+    if not names and not has_file:
+        return
+    from tars_core import variables  # noqa: PLC0415 - see there
+
+    yield _Layer("environment variable", _use_by_plain_name(variables.from_environment()), names)
+    if dotenv is not None and has_file:
+        values, found = variables.from_dotenv(dotenv)
+        yield _Layer(f"{dotenv}:", _use_by_plain_name(values), _ours(found))
 
 
 def _toml(path: Path, *table: str) -> _Layer:
@@ -216,14 +204,6 @@ def _toml(path: Path, *table: str) -> _Layer:
         values = values.get(name, {}) if isinstance(values, dict) else {}
     place = f"{path} [{'.'.join(table)}]" if table else str(path)
     return _Layer(place, _use_by_plain_name(dict(values) if isinstance(values, dict) else {}))
-
-
-def _read(source: pydantic_settings.PydanticBaseSettingsSource) -> dict[str, object]:
-    try:
-        values: dict[str, object] = source()
-    except pydantic_settings.SettingsError as error:  # a list or table that is no JSON
-        raise ConfigError(f"the environment: {error}: {error.__cause__}") from error
-    return _use_by_plain_name(values)
 
 
 def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
@@ -266,11 +246,20 @@ def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
+def _ours(names: Iterable[str]) -> frozenset[str]:
+    """Return the variables meant for TARS.
+
+    One that is nearly a setting is refused; another program's own ``TARS_HOME`` is only logged.
+    """
+    ours = frozenset(name.upper() for name in names if name.upper().startswith(ENV_PREFIX))
+    _check_variables(ours)
+    return ours
+
+
 def _check_variables(names: frozenset[str]) -> None:
-    """Refuse a variable that is nearly one of ours; another program's own ``TARS_HOME`` is only logged."""
-    known = [_ENV_PREFIX + field.upper() for field in Settings.model_fields]
+    known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
     for name in sorted(names):
-        stem = name.partition(_NESTED)[0]
+        stem = name.partition(NESTED)[0]
         if stem in known:
             continue
         near = difflib.get_close_matches(stem, known, n=1, cutoff=0.8)

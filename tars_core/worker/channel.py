@@ -9,11 +9,11 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from tars_core import childprocess
 from tars_core.errors import BackendError, ContractError, WorkerDied
-from tars_core.worker import protocol, serving
+from tars_core.worker import protocol
 
 _log = logging.getLogger("tars_core.worker")
 _STDERR_TAIL = 8_192
@@ -21,6 +21,7 @@ _EXIT_GRACE_S = 0.2
 _TERM_GRACE_S = 1.0
 _KILL = signal.SIGKILL if os.name == "posix" else signal.SIGTERM
 
+Inbox: TypeAlias = "queue.SimpleQueue[protocol.HostFrame | None]"
 OnFrame = Callable[[protocol.WorkerFrame], None]
 OnClosed = Callable[[BackendError], None]
 
@@ -136,7 +137,7 @@ class ThreadChannel:
 
     def __init__(self, name: str, plugin: object | None, on_frame: OnFrame, on_closed: OnClosed) -> None:
         self._loop = asyncio.get_running_loop()
-        self._inbox: serving.Inbox = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self._closing = threading.Event()
         self._on_frame = on_frame
         self._on_closed = on_closed
@@ -144,6 +145,8 @@ class ThreadChannel:
         threading.Thread(target=self._serve, args=(plugin,), name=f"tars-{name}", daemon=True).start()
 
     def _serve(self, plugin: object | None) -> None:
+        from tars_core.worker import serving  # noqa: PLC0415 - chat templates need jinja, and a host has no other use
+
         try:
             serving.serve(self._inbox, self._receive, self._closing, plugin)
         finally:
