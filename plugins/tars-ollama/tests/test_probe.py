@@ -13,6 +13,7 @@ from ollama_stand_in import Client, Request, StandIn, answering, sending
 
 from tars_core import BackendUnavailable, ConfigError, InferenceEngine, ModelRef, ProbeReport
 from tars_core.plugin import ProbeLimits
+from tars_core.testing.fake import Finish, Say
 from tars_ollama import plugin
 
 MakeEngine = Callable[..., InferenceEngine]
@@ -47,7 +48,8 @@ class TestADaemonThatIsOff:
         assert report.hint == "ollama serve"
         assert report.reason == f"Ollama does not answer at http://{nothing_there}: nothing listens there"
 
-    def test_is_found_out_in_a_moment_by_a_new_process_too(self, nothing_there: str) -> None:
+    @pytest.mark.usefixtures("nothing_there")
+    def test_is_found_out_in_a_moment_by_a_new_process_too(self) -> None:
         code = (
             "import time; from tars_core.plugin import ProbeLimits; from tars_ollama import plugin\n"
             "began = time.monotonic()\n"
@@ -61,16 +63,17 @@ class TestADaemonThatIsOff:
         assert float(seconds) < 0.2
         assert (available, imported) == ("False", "[]")
 
-    def test_offers_no_models_and_is_no_error(self, nothing_there: str) -> None:
+    @pytest.mark.usefixtures("nothing_there")
+    def test_offers_no_models_and_is_no_error(self) -> None:
         assert plugin.tars_models(backend_settings="{}") == ()
 
-    def test_is_listed_with_its_mend(self, nothing_there: str, make_engine: MakeEngine) -> None:
+    @pytest.mark.usefixtures("nothing_there")
+    def test_is_listed_with_its_mend(self, make_engine: MakeEngine) -> None:
         (status,) = make_engine().backends()
         assert (status.name, status.available, status.hint) == ("ollama", False, "ollama serve")
 
-    def test_leaves_unrelated_models_alone(self, nothing_there: str, make_engine: MakeEngine) -> None:
-        from tars_core.testing.fake import Finish, Say  # noqa: PLC0415 - of this test alone
-
+    @pytest.mark.usefixtures("nothing_there")
+    def test_leaves_unrelated_models_alone(self, make_engine: MakeEngine) -> None:
         completion = make_engine(fallback=(Say("hello"), Finish())).complete("hi")
         assert (completion.text, completion.backend) == ("hello", "fallback")
         assert "ollama serve" in {rejection.hint for rejection in completion.decision.rejected}
@@ -109,10 +112,12 @@ class TestADaemonThatIsWedged:
 
 
 class TestADaemonThatIsUp:
-    def test_is_available(self, daemon: StandIn) -> None:
+    @pytest.mark.usefixtures("daemon")
+    def test_is_available(self) -> None:
         assert probe().available
 
-    def test_knows_a_models_facts(self, daemon: StandIn) -> None:
+    @pytest.mark.usefixtures("daemon")
+    def test_knows_a_models_facts(self) -> None:
         report = probe("ollama:tiny")
         assert (report.available, report.device, report.context_length) == (True, "cpu", 256)
 
@@ -145,7 +150,8 @@ class TestADaemonThatIsUp:
         daemon.on("/api/show", sending(sent))
         assert not probe("ollama:x").available
 
-    def test_lists_its_models(self, daemon: StandIn) -> None:
+    @pytest.mark.usefixtures("daemon")
+    def test_lists_its_models(self) -> None:
         names = [str(model.name) for model in plugin.tars_models(backend_settings="{}")]
         assert names == ["ollama:tiny:latest", "ollama:tinysys:latest", "ollama:q:latest"]
 
@@ -171,7 +177,8 @@ def test_other_kinds_of_models_are_not_asked_about() -> None:
     assert plugin.tars_probe(model=ModelRef.parse("hf:a/b"), limits=LIMITS, backend_settings="{}") is None
 
 
-def test_a_blank_name_is_unavailable(daemon: StandIn) -> None:
+@pytest.mark.usefixtures("daemon")
+def test_a_blank_name_is_unavailable() -> None:
     assert probe("ollama: ").hint == "name one: ollama:llama3"
 
 
@@ -192,9 +199,8 @@ def test_the_setting_host_is_where_everything_goes(
     assert engine.backends()[0].available
 
 
+@pytest.mark.usefixtures("daemon")
 @pytest.mark.parametrize("wrong", [{"hots": "x"}, {"keep_alive": "soon"}, {"parallel": 0}])
-def test_a_setting_that_cannot_be_meant_is_an_error(
-    daemon: StandIn, make_engine: MakeEngine, wrong: dict[str, object]
-) -> None:
+def test_a_setting_that_cannot_be_meant_is_an_error(make_engine: MakeEngine, wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"backends\.ollama"):
         make_engine(backends={"ollama": wrong}).generate("hi")
