@@ -6,8 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tars_demo_model
-from tars_core.plugin import SamplingParams, TextDelta
-from tars_transformers.answer import Answer
+from tars_core.plugin import Answer, SamplingParams, TextDelta
 from tars_transformers.tokens import Vocabulary
 
 UNKNOWN = "<unk>"

@@ -30,6 +30,10 @@ class Checkpoint(NamedTuple):
     weights_id: str
 
 
+class Incomplete(LoadFailed):
+    """Weights are missing, so that fetching would help."""
+
+
 class _Tensor(NamedTuple):
     size: int
     digest: bytes
@@ -40,7 +44,7 @@ def inspect(folder: Path) -> Checkpoint:
     try:
         config = _json(folder / CONFIG)
         _refuse(folder, config)
-        tensors = [tensor for file in _weight_files(folder) for tensor in _read_header(file)]
+        tensors = [tensor for file in weight_files(folder) for tensor in _read_header(file)]
         digest = hashlib.sha256(b"".join(sorted(tensor.digest for tensor in tensors)))
         return Checkpoint(
             context_length=_context_length(config),
@@ -62,7 +66,8 @@ def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
         raise LoadFailed(f"{folder.name} ({', '.join(architectures)}) is no model that continues a text")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the weights. Raises ``Incomplete`` where some are missing, ``LoadFailed`` for pickles."""
     index = folder / _INDEX
     if index.is_file():
         parts = _json(index).get("weight_map")
@@ -73,7 +78,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if outside := next((name for name in names if Path(name).name != name), None):
             raise _damaged(index, f"it names {outside!r:.80}")
         if missing := [name for name in names if not (folder / name).is_file()]:
-            raise LoadFailed(f"{folder} lacks {len(missing)} of {len(names)} parts of its weights: {missing[0]}, …")
+            raise Incomplete(f"{folder} lacks {len(missing)} of {len(names)} parts of its weights: {missing[0]}, …")
         return [folder / name for name in names]
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
@@ -83,7 +88,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has its weights in {pickles[0]}: pickle checkpoints can run code",
             hint="use its *.safetensors; many publishers offer both",
         )
-    raise LoadFailed(f"{folder} has no {_WEIGHTS} and no {_INDEX}")
+    raise Incomplete(f"{folder} has no {_WEIGHTS} and no {_INDEX}")
 
 
 def _read_header(file: Path) -> Iterator[_Tensor]:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tars_core.plugin import (
+    Answer,
     BackendEvent,
     CancelFlag,
     ContextLengthExceeded,
@@ -18,7 +19,6 @@ from tars_core.plugin import (
     LoadedModel,
     Progress,
 )
-from tars_transformers.answer import Answer
 from tars_transformers.sampling import choose
 from tars_transformers.tokens import Vocabulary
 

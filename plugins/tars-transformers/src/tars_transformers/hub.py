@@ -21,18 +21,23 @@ def repository(model: ModelRef) -> str | None:
 
 
 def cached(name: str) -> Path | None:
-    """Return the folder of ``name`` in the cache, where all of it is there, read as huggingface_hub lays it out.
+    """Return the folder of ``name`` in the cache, read as huggingface_hub lays it out.
 
-    Importing that package to ask takes longer than a probe may.
+    ``None`` where it is not there, or not with all its weights. Importing that package to ask takes longer than a probe
+    may.
     """
     folder = _cache() / f"models--{name.replace('/', '--')}"
     try:
         revision = (folder / "refs" / "main").read_text("ascii").strip()
         snapshot = folder / "snapshots" / revision
-        complete = bool(_REVISION.fullmatch(revision)) and (snapshot / checkpoint.CONFIG).is_file()
-    except (OSError, ValueError):
+        if not _REVISION.fullmatch(revision) or not (snapshot / checkpoint.CONFIG).is_file():
+            return None
+        checkpoint.weight_files(snapshot)
+    except (OSError, ValueError, checkpoint.Incomplete):
         return None
-    return snapshot if complete else None
+    except LoadFailed:
+        pass  # there, and not to be used: whoever asks is told why
+    return snapshot
 
 
 def _cache() -> Path:

@@ -44,7 +44,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         return ProbeReport(
             available=False,
             reason=f"the package {error.name} is not installed",
-            hint=f"pip install {' '.join(_RUNTIME)} (torch takes 0.2 GB of download for the CPU, 3 GB with CUDA)",
+            hint=f"pip install {' '.join(_RUNTIME)} (torch: 0.2 GB of download for the CPU alone, some GB with CUDA)",
         )
     device = _device(torch)
     if folder is None:
