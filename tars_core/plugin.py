@@ -3,6 +3,7 @@
 >>> from tars_core.plugin import Finished, LoadedModel, ProbeReport, TextDelta, Usage, hookimpl
 """
 
+from tars_core.answer import Answer
 from tars_core.errors import (
     ContextLengthExceeded,
     GenerationFailed,
@@ -28,6 +29,7 @@ from tars_core.schema import (
 from tars_core.text import StopFilter, Utf8Assembler
 
 __all__ = [
+    "Answer",
     "BackendEvent",
     "BatchedModel",
     "CancelFlag",

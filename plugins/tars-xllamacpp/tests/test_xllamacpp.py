@@ -86,6 +86,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(engine: Infe
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) == 4
+    assert sample(2**32 - 1) == sample(2**32 - 1)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine: InferenceEngine) -> None:

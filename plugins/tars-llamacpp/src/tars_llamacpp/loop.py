@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from tars_core.plugin import (
+    Answer,
     BackendEvent,
     ContextLengthExceeded,
     GenerateRequest,
@@ -15,7 +16,6 @@ from tars_core.plugin import (
 )
 from tars_core.sources.gguf import GGUFHeader
 from tars_llamacpp import log
-from tars_llamacpp.answer import Answer
 from tars_llamacpp.cache import Cache, Slot
 from tars_llamacpp.context import Context, Row
 from tars_llamacpp.sampling import Sampler
@@ -109,7 +109,7 @@ class LoopedModel(LoadedModel):
         if not prompt:
             raise GenerationFailed("the prompt has no tokens in this model's vocabulary")
         answer = Answer(
-            self._vocabulary,
+            self._vocabulary.decoder(),
             request.sampling,
             prompt_tokens=len(prompt),
             limit=min(room, request.sampling.max_tokens),
@@ -130,7 +130,8 @@ class LoopedModel(LoadedModel):
             slot.length += len(tokens)
             if row is not None:
                 sequence.next_token = sequence.sampler.sample(self._context, row)
-                events = sequence.answer.push(sequence.next_token)
+                ends = self._vocabulary.ends(sequence.next_token)
+                events = sequence.answer.push(sequence.next_token, ends=ends)
                 reported += [(sequence.request_id, event) for event in events]
                 if sequence.answer.finished:
                     self._end(sequence)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cached_property
 
 import llama_cpp
+
+from tars_core.plugin import Utf8Assembler
 
 _LONGEST_PIECE = 256
 _SPARE_TOKENS = 16  # BOS, EOS, and the space some vocabularies put in front
@@ -29,6 +32,11 @@ class Vocabulary:
             if count >= 0:
                 return tokens[:count]
             room = -count
+
+    def decoder(self) -> Callable[[int], str]:
+        """Return what turns one answer's tokens, in order, into text made of whole characters."""
+        utf8 = Utf8Assembler()
+        return lambda token: utf8.push(self.piece(token))
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of ``token``; none for a control token."""

@@ -43,6 +43,7 @@ _DEFAULT_CONTEXT = 8192
 _CPU = "cpu"
 _SAMPLERS = ["penalties", "top_k", "top_p", "min_p", "temperature"]  # llama.cpp's own order, without the rest
 _PENALTY_WINDOW = 64
+_RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes this seed for "draw one"
 
 
 class _Usage(msgspec.Struct):
@@ -197,7 +198,7 @@ class _Call:
             "repeat_penalty": sampling.repeat_penalty,
             "repeat_last_n": _PENALTY_WINDOW,
             "samplers": _SAMPLERS,
-            "seed": sampling.seed,
+            "seed": (sampling.seed or 0) % _RANDOM_SEED,
             "stop": list(sampling.stop),
         }
 

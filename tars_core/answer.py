@@ -1,33 +1,27 @@
-"""One request's answer: from tokens to text, events and counts."""
+"""One answer as it is decoded: tokens in, events and counts out. For backends that sample for themselves."""
 
 from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Callable
 
-from tars_core.plugin import (
-    BackendEvent,
-    Finished,
-    SamplingParams,
-    StopFilter,
-    TextDelta,
-    Timings,
-    Usage,
-    Utf8Assembler,
-)
-from tars_core.schema import FinishReason
-from tars_llamacpp.tokens import Vocabulary
+from tars_core.events import BackendEvent, BackendFinished, TextDelta
+from tars_core.schema import FinishReason, SamplingParams, Timings, Usage
+from tars_core.text import StopFilter
 
 
 class Answer:
     """Takes tokens as they are sampled; :attr:`finished` once the last event is out.
 
-    ``limit`` is how many tokens there may be.
+    ``decode`` gives the text a token completes, none for a special token; ``limit`` is how many tokens there may be.
+    The text ends before a stop string; every token sampled is counted, the last one too.
     """
 
-    def __init__(self, vocabulary: Vocabulary, sampling: SamplingParams, *, prompt_tokens: int, limit: int) -> None:
-        self._vocabulary = vocabulary
-        self._utf8 = Utf8Assembler()
+    def __init__(
+        self, decode: Callable[[int], str], sampling: SamplingParams, *, prompt_tokens: int, limit: int
+    ) -> None:
+        self._decode = decode
         self._stop = StopFilter(sampling.stop)
         self._prompt_tokens = prompt_tokens
         self._limit = limit
@@ -37,15 +31,14 @@ class Answer:
         self._first = self._last = 0.0
         self.finished = False
 
-    def push(self, token: int) -> list[BackendEvent]:
-        """Add a token; return what it brings."""
+    def push(self, token: int, *, ends: bool) -> list[BackendEvent]:
+        """Add a token, which ``ends`` the answer or not; return what it brings."""
         self._last = time.monotonic()
         self._first = self._first or self._last
         self._count += 1
-        ended = self._vocabulary.ends(token)
-        text = "" if ended else self._stop.push(self._decode(token))
+        text = "" if ends else self._stop.push(self._text_of(token))
         reason: FinishReason | None = None
-        if ended or self._stop.stopped:
+        if ends or self._stop.stopped:
             reason = "stop"
         elif self._count >= self._limit:
             reason = "length"
@@ -58,18 +51,18 @@ class Answer:
             events.append(self.finish(reason))
         return events
 
-    def finish(self, reason: FinishReason) -> Finished:
+    def finish(self, reason: FinishReason) -> BackendFinished:
         """Return the last event."""
         self.finished = True
         decoding_s = self._last - self._first
-        return Finished(
+        return BackendFinished(
             finish_reason=reason,
             usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._count),
             timings=Timings(decode_tokens_per_s=(self._count - 1) / decoding_s if decoding_s > 0 else None),
         )
 
-    def _decode(self, token: int) -> str:
-        text = self._utf8.push(self._vocabulary.piece(token))
+    def _text_of(self, token: int) -> str:
+        text = self._decode(token)
         self._decoded += len(text)
         self._hidden.append((token, self._decoded))
         return text
