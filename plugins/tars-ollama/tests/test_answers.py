@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from ollama_stand_in import RECORDINGS, Client, Request, StandIn, answering, replay, sending
+from ollama_stand_in import RECORDINGS, Behaviour, Client, Request, StandIn, answering, replay, sending
 
 from tars_core import (
     AllBackendsFailed,
@@ -17,6 +17,8 @@ from tars_core import (
     StreamInterrupted,
     TextDelta,
 )
+from tars_core.testing.fake import Finish, Say
+from tars_ollama import wire
 
 MakeEngine = Callable[..., InferenceEngine]
 
@@ -58,6 +60,13 @@ def _recorded(name: str) -> list[dict[str, object]]:
 
 def _text(name: str) -> str:
     return "".join(str(line.get("response", "")) for line in _recorded(name))
+
+
+def _show_trained_for(context: int) -> Behaviour:
+    show = _recorded("show")[0]
+    info = show["model_info"]
+    assert isinstance(info, dict)
+    return answering({**show, "model_info": {**info, "llama.context_length": context}})
 
 
 def _ask(engine: InferenceEngine) -> Completion:
@@ -278,17 +287,25 @@ class TestThePromptsLength:
         daemon.on("count", answering({"done": True, "prompt_eval_count": 130, "eval_count": 1}))
         assert make_engine().complete("red " * 65, raw=True, max_tokens=24).text == "The drum is red."
 
-    def test_grows_the_context_where_that_is_set(self, daemon: StandIn, make_engine: MakeEngine) -> None:
-        show = _recorded("show")[0]
-        info = show["model_info"]
-        assert isinstance(info, dict)
-        daemon.on("/api/show", answering({**show, "model_info": {**info, "llama.context_length": 4096}}))
+    def test_grows_a_context_that_somebody_else_had_chosen(self, daemon: StandIn, make_engine: MakeEngine) -> None:
+        daemon.on("/api/show", _show_trained_for(4096))
         daemon.on("count", "overflow-truncate-false", answering({"done": True, "prompt_eval_count": 410}))
         daemon.on("answer", "generate-stream")
-        engine = make_engine(backends={"ollama": {"grow_context": True}})
-        assert engine.complete("red " * 410, raw=True, max_tokens=200).text == "The drum is red."
+        assert make_engine().complete("red " * 410, raw=True, max_tokens=200).text == "The drum is red."
         assert [body["options"]["num_ctx"] for body in daemon.bodies("load")] == [256, 1024]
         assert daemon.bodies("answer")[0]["options"]["num_ctx"] == 1024
+
+    def test_grows_one_that_was_asked_for_only_where_that_is_set(
+        self, daemon: StandIn, make_engine: MakeEngine
+    ) -> None:
+        daemon.on("/api/show", _show_trained_for(4096))
+        daemon.on("count", "overflow-truncate-false", answering({"done": True, "prompt_eval_count": 410}))
+        daemon.on("answer", "generate-stream")
+        with pytest.raises(ContextLengthExceeded):
+            make_engine(context_length=256).complete("red " * 410, raw=True)
+        daemon.on("count", "overflow-truncate-false", answering({"done": True, "prompt_eval_count": 410}))
+        engine = make_engine(context_length=256, backends={"ollama": {"grow_context": True}})
+        assert engine.complete("red " * 410, raw=True).text == "The drum is red."
 
     def test_never_grows_beyond_what_the_model_was_trained_for(self, daemon: StandIn, make_engine: MakeEngine) -> None:
         daemon.on("count", "overflow-truncate-false")
@@ -296,3 +313,55 @@ class TestThePromptsLength:
         with pytest.raises(ContextLengthExceeded):
             engine.complete("red " * 410, raw=True)
         assert len(daemon.bodies("load")) == 1
+
+    def test_that_the_memory_cannot_hold_hands_over(self, daemon: StandIn, make_engine: MakeEngine) -> None:
+        daemon.on("/api/show", _show_trained_for(4096))
+        daemon.on("count", "overflow-truncate-false")
+        daemon.on("load", "load-empty-prompt", "load-oom-500")
+        completion = make_engine(fallback=(Say("hello"), Finish())).complete("red " * 410, raw=True)
+        assert (completion.text, completion.backend) == ("hello", "fallback")
+
+
+class TestWhatIsReadFromShow:
+    def test_is_what_the_model_is(self) -> None:
+        show = wire.decode(json.dumps(_recorded("show")[0]).encode(), wire.Show)
+        assert show.trained_context == 256
+        assert show.stops == ("<|im_start|>", "<|im_end|>")
+        assert show.weights is not None
+        assert show.weights[0].endswith(show.weights[1])
+        assert (show.generates, show.adapted, show.system) == (True, False, "")
+
+    def test_of_a_derived_model_is_its_own_system_prompt(self) -> None:
+        show = wire.decode(json.dumps(_recorded("show-derived")[0]).encode(), wire.Show)
+        assert show.system
+        assert "." in show.stops
+
+    def test_may_be_an_adapter(self) -> None:
+        assert wire.Show(modelfile="FROM /x/blobs/sha256-0\nADAPTER /x/blobs/sha256-1").adapted
+
+    def test_may_be_nothing(self) -> None:
+        show = wire.decode(b"{}", wire.Show)
+        assert (show.trained_context, show.weights, show.stops, show.generates) == (None, None, (), True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("tiny", "tiny:latest", True),
+        ("Tiny", "registry.ollama.ai/library/tiny:latest", True),
+        ("tiny:q4", "tiny", False),
+        ("host:5000/a/b", "host:5000/a/b:latest", True),
+    ],
+)
+def test_two_names_of_one_model_are_known_for_the_same(one: str, other: str, same: bool) -> None:  # noqa: FBT001
+    assert (wire.canonical(one) == wire.canonical(other)) is same
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1", "nonsense://x:y"])
+def test_proxies_stand_between_nobody_and_the_daemon(
+    daemon: StandIn, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, proxy)
+    daemon.on("answer", "generate-stream")
+    assert _ask(make_engine()).text == "The drum is red."

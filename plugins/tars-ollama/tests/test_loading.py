@@ -51,7 +51,6 @@ def show(context: int, **more: object) -> dict[str, object]:
 class TestTheContext:
     def test_is_what_the_daemon_says_it_is(self, daemon: StandIn) -> None:
         daemon.on("/api/show", answering({}))
-        daemon.on("/api/ps", "ps-empty", "ps-loaded")
         loaded = load(context_length=4096)
         assert (loaded.context_length, loaded.context_shrunk) == (256, True)
         assert contexts(daemon) == [4096]
@@ -67,8 +66,7 @@ class TestTheContext:
         daemon.on("/api/show", answering(show(8192)))
         loaded = load()
         assert contexts(daemon) == [256]
-        # Not the caller's mistake where a prompt does not fit it.
-        assert loaded.context_shrunk
+        assert (loaded.context_length, loaded.context_shrunk) == (256, False)
 
     def test_that_is_asked_for_is_asked_for(self, daemon: StandIn) -> None:
         daemon.on("/api/show", answering(show(8192)))

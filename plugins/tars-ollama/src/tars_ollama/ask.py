@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -16,6 +18,9 @@ from tars_ollama.address import Address
 
 MAX_BODY = 64 * 2**20
 """Bytes. A list of thousands of models stays far below."""
+
+
+T = TypeVar("T")
 
 
 class NoAnswer(Exception):
@@ -41,6 +46,15 @@ def ask(address: Address, path: str, body: object = None, *, deadline_s: float) 
         question.abandon()
         raise NoAnswer(f"no answer within {deadline_s:.1f} s")
     raise NoAnswer(question.failure)
+
+
+def in_time(function: Callable[[], T], deadline_s: float) -> T | None:
+    """Return what ``function`` returns, or ``None`` where that takes longer; it raises nothing."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function()), name="tars-ollama-look", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    return results[0] if results else None
 
 
 class _Question:

@@ -39,8 +39,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     launch: Launch
     keep_alive: float | str | None
     context_length: int
-    trained_context: int | None
+    most_context: int
+    """How far ``context_length`` may grow."""
     shrunk: bool
+    """Whether memory was short for what was wanted."""
     device: str
     header: gguf.GGUFHeader | None
     """Of its file, where its own template is to be used."""
@@ -77,7 +79,8 @@ class Loader:
             raise LoadFailed(f"{self._name} writes no text; it can {', '.join(show.capabilities or ())}")
         wanted = self._options.context_length or _DEFAULT_CONTEXT
         wanted = min(wanted, show.trained_context or wanted)
-        launch, loaded = await self._loaded(wanted)
+        taken = await self._context_in_use()
+        launch, loaded = await self._loaded(taken or wanted)
         asked = _context(launch)
         # Less than was asked for is what the model was trained for; an older daemon does not tell.
         context = min(asked, loaded.context_length or asked) if loaded is not None else asked
@@ -89,8 +92,8 @@ class Loader:
             launch={**launch, "num_ctx": context},
             keep_alive=self._settings.keep_alive,
             context_length=context,
-            trained_context=show.trained_context,
-            shrunk=context < wanted,
+            most_context=(show.trained_context or wanted) if self._settings.grow_context else wanted,
+            shrunk=context < min(taken or wanted, wanted),
             device=loaded.device if loaded is not None else "cpu",
             header=header if own_template else None,
             renders_chat=not own_template and not plain,
@@ -123,10 +126,14 @@ class Loader:
             if line.status != "success":  # the only sign of one; the HTTP status is none
                 raise LoadFailed(f"ollama pull {self._name} ended with {line.status!r}")
 
+    async def _context_in_use(self) -> int | None:
+        """Return the context that somebody loaded the model with: another one would load it anew, in turns."""
+        if self._options.context_length is not None:
+            return None
+        running = await self._running()
+        return running.context_length or None if running is not None else None
+
     async def _loaded(self, wanted: int) -> tuple[Launch, wire.Listed | None]:
-        before = await self._running()
-        if before is not None and before.context_length and self._options.context_length is None:
-            wanted = before.context_length  # another one would take it from whoever uses it, and load it anew
         refusal: OutOfMemory | None = None
         for launch in self._launches(wanted):
             self._progress(0.0, f"loading {self._name} into Ollama, context {_context(launch)}")

@@ -39,7 +39,7 @@ Reported = tuple[int, BackendEvent | Exception]
 class OllamaModel(LoadedModel):
     """See :class:`~tars_core.hookspecs.BatchedModel`."""
 
-    def __init__(self, loop: LoopThread, client: Client, facts: Facts, *, slots: int, grows: bool) -> None:
+    def __init__(self, loop: LoopThread, client: Client, facts: Facts, *, slots: int) -> None:
         header = facts.header
         super().__init__(
             device=facts.device,
@@ -55,7 +55,6 @@ class OllamaModel(LoadedModel):
         self._loop = loop
         self._client = client
         self._facts = facts
-        self._grows = grows
         self._growing = asyncio.Lock()
         self._reported: queue.SimpleQueue[Reported] = queue.SimpleQueue()
         self._running: dict[int, concurrent.futures.Future[Finished]] = {}
@@ -101,27 +100,28 @@ class OllamaModel(LoadedModel):
         try:
             return await answer.run()
         except ContextLengthExceeded as error:
-            if not self._grows or not await self._grown(error.prompt_tokens, request.sampling.max_tokens):
+            if not await self._grown(error.prompt_tokens, request.sampling.max_tokens):
                 raise
         answer.facts = self._facts
         return await answer.run()
 
     async def _grown(self, prompt_tokens: int, max_tokens: int) -> bool:
-        """Load the model anew with room for the prompt, where it was trained for so many; say whether there is now."""
+        """Load the model anew with room for the prompt, where that is wanted; say whether there is now."""
         async with self._growing:
             facts = self._facts
             if facts.context_length > prompt_tokens:
                 return True  # another request has seen to it
-            if facts.trained_context is None or facts.trained_context <= prompt_tokens:
+            if facts.most_context <= prompt_tokens:
                 return False
             # The next power of two, so that growing is rare.
-            context = min(facts.trained_context, 1 << (prompt_tokens + max_tokens - 1).bit_length())
+            context = min(facts.most_context, 1 << (prompt_tokens + max_tokens - 1).bit_length())
             launch = {**facts.launch, "num_ctx": context}
             body = load_body(facts.name, launch, facts.keep_alive)
             try:
                 await patient(partial(self._client.whole, "/api/generate", body))
             except Fault:
-                return False  # too large for the memory: the old context comes back with the next request
+                self.context_shrunk = True  # so another backend is asked; here the old context comes back by itself
+                return False
             self._facts = msgspec.structs.replace(facts, launch=launch, context_length=context)
             self.context_length = context
             return True
@@ -151,4 +151,4 @@ def load(  # noqa: PLR0913, PLR0917 - what the hook was given, taken apart
         loop.close(client.close())
         raise
     slots = min(options.concurrency, settings.parallel or 1)
-    return OllamaModel(loop, client, facts, slots=slots, grows=settings.grow_context)
+    return OllamaModel(loop, client, facts, slots=slots)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from tars_core.plugin import ProbeReport
 from tars_ollama import wire
 from tars_ollama.address import Address
-from tars_ollama.ask import NoAnswer, Reply, ask
+from tars_ollama.ask import NoAnswer, Reply, ask, in_time
 from tars_ollama.failures import read_fault
 
 _OK = 200
@@ -44,7 +45,9 @@ def named(name: str, address: Address, deadline_s: float) -> ProbeReport:
         return ProbeReport(available=False, reason=f"it writes no text; it can {', '.join(show.capabilities or ())}")
     from tars_ollama import store  # noqa: PLC0415 - not where the daemon is off
 
-    header = None if show.adapted else store.header(show, local=address.loopback)
+    # A cold disk may take seconds for a file of many tensors; without its weights' identity the model still runs.
+    left_s = max(0.0, until - time.monotonic())
+    header = None if show.adapted else in_time(partial(store.header, show, local=address.loopback), left_s)
     return ProbeReport(
         available=True,
         device=loaded.device if loaded is not None else None,

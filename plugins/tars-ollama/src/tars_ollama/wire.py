@@ -124,7 +124,8 @@ class Show(msgspec.Struct):
 def decode(data: bytes, kind: type[T]) -> T:
     """Read JSON. Raises ``ValueError`` where it is none, or of another form."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        # Go writes nothing else than UTF-8; should a proxy, one broken byte is no reason to drop an answer.
+        return msgspec.json.decode(data.decode(errors="replace"), type=kind)
     except RecursionError as error:
         raise ValueError("JSON nested too deep") from error
 
