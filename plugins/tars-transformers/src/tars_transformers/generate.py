@@ -17,11 +17,13 @@ from tars_core.plugin import (
     GenerateRequest,
     GenerationFailed,
     LoadedModel,
+    LoadFailed,
     Progress,
 )
 from tars_transformers.sampling import choose
 from tars_transformers.tokens import Vocabulary
 
+_CACHES = ("past_key_values", "cache_params")
 _PROMPT_TOKENS_A_STEP = 256
 """A cancel waits for them. Fewer are slower to read, more keep larger attention matrices."""
 
@@ -32,7 +34,11 @@ class Network:
     def __init__(self, native: transformers.PreTrainedModel) -> None:
         self.native = native
         parameters = inspect.signature(native.forward).parameters
-        self._cache = "past_key_values" if "past_key_values" in parameters else "cache_params"
+        # One that takes neither (RWKV) swallows them all the same, and forgets everything but the last token.
+        cache = next((name for name in _CACHES if name in parameters), None)
+        if cache is None:
+            raise LoadFailed(f"{type(native).__name__} keeps what it has read in a way that is not known here")
+        self._cache: str = cache
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         # A recurrent state takes up a prompt whole, or token by token; there is no going on with several.
         self.divisible = not native._is_stateful  # noqa: SLF001 - transformers asks no other way itself
