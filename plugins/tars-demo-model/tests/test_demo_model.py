@@ -120,14 +120,42 @@ def test_the_readme_lists_the_published_questions() -> None:
     assert [question for question, _ in QUESTIONS if f"- {question}\n" not in readme] == []
 
 
+class Share(msgspec.Struct):
+    """Percent of answers that were right to the letter, greedy and with the framework's repeat penalty."""
+
+    greedy: float
+    repeat_penalty: float
+
+
+class Evaluation(msgspec.Struct):
+    """The figures that are promised."""
+
+    published: Share
+    published_with_system_prompt: Share
+    independent: Share
+    independent_unknown: Share
+
+
+class Training(msgspec.Struct):
+    """Which file was measured."""
+
+    sha256: str
+    cpu_minutes: float
+
+
 class Results(msgspec.Struct):
-    """What was measured, in percent."""
+    """What evaluate.py wrote."""
 
-    independent_phrasings: float
-    unknown_refused: float
+    training: Training
+    evaluation: Evaluation
 
 
-def test_the_measured_aims_hold() -> None:
+def test_the_measured_aims_hold_and_were_measured_on_these_weights() -> None:
     results = msgspec.json.decode((ROOT / "models" / "demo" / "results.json").read_bytes(), type=Results)
-    assert results.independent_phrasings >= 85
-    assert results.unknown_refused >= 90
+    master = (tars_demo_model.WEIGHTS / "model.safetensors").read_bytes()
+    assert results.training.sha256 == hashlib.sha256(master).hexdigest()
+    assert results.training.cpu_minutes <= 30
+    measured = results.evaluation
+    assert measured.published.repeat_penalty == measured.published_with_system_prompt.repeat_penalty == 100
+    assert measured.independent.greedy >= 85
+    assert measured.independent_unknown.greedy >= 90
