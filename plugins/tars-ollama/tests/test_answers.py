@@ -282,6 +282,11 @@ class TestThePromptsLength:
             make_engine(fallback=()).complete("red " * 410, raw=True)
         assert [body["options"]["num_keep"] for body in daemon.bodies("count")] == [4, 12]
 
+    def test_is_not_known_where_the_count_breaks_off(self, daemon: StandIn, make_engine: MakeEngine) -> None:
+        daemon.on("count", "nonstream-without-done")
+        with pytest.raises(AllBackendsFailed, match="without its last message"):
+            make_engine().complete("red " * 65, raw=True)
+
     def test_may_by_chance_be_what_a_cut_would_leave(self, daemon: StandIn, make_engine: MakeEngine) -> None:
         daemon.on("answer", "generate-stream")
         daemon.on("count", answering({"done": True, "prompt_eval_count": 130, "eval_count": 1}))

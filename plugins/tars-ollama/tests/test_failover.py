@@ -62,7 +62,7 @@ def test_a_failure_before_the_first_text_hands_over(
     assert [attempt.backend for attempt in completion.attempts] == ["ollama", "fallback"]
 
 
-@pytest.mark.parametrize("stalling", [_by_silence, _byte_by_byte])
+@pytest.mark.parametrize("stalling", [_by_silence, _byte_by_byte, replay("slow-first-byte", paced=True)])
 def test_a_stall_before_the_first_text_hands_over_in_time(
     daemon: StandIn, make_engine: MakeEngine, stalling: Behaviour
 ) -> None:

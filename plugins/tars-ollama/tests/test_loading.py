@@ -91,6 +91,11 @@ class TestTheContext:
         assert all("num_gpu" not in body["options"] for body in daemon.bodies("load"))
 
 
+def test_a_load_answers_with_one_body_though_a_stream_was_asked_for(daemon: StandIn) -> None:
+    daemon.on("load", "load-empty-prompt-stream")
+    assert load().context_length == 256
+
+
 class TestALoadThatFails:
     def test_gives_the_daemons_words(self, daemon: StandIn) -> None:
         daemon.on("load", "load-failure-500")

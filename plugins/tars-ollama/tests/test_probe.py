@@ -127,6 +127,10 @@ class TestADaemonThatIsUp:
         daemon.on("/api/ps", answering({"models": [entry]}))
         assert probe("ollama:Tiny").device == device
 
+    def test_may_keep_a_model_for_some_centuries(self, daemon: StandIn) -> None:
+        daemon.on("/api/ps", "ps-keep-alive-minus-1")
+        assert probe("ollama:tiny").device == "cpu"
+
     def test_does_not_guess_where_a_model_would_run(self, daemon: StandIn) -> None:
         daemon.on("/api/ps", "ps-empty")
         assert probe("ollama:tiny").device is None

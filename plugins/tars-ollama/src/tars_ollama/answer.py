@@ -30,7 +30,7 @@ _PENALTY_WINDOW = 64
 _NUM_KEEP = 4
 _RANDOM_SEED = 2**32 - 1  # to llama.cpp, beneath Ollama, this one means: draw one
 _TOKENS_BESIDE = 8  # a token stands for one byte at least, but BOS, EOS and the like for none
-_TOKENS_A_TURN = 32
+_TOKENS_A_TURN = 32  # the marks around one; what else a template says, it says once
 _NANOSECONDS = 1e9
 
 _BODY_END_S = 0.2
@@ -106,7 +106,7 @@ class Answer:
         if isinstance(text, str):
             return len(text.encode()) + _TOKENS_BESIDE
         turns = self._request.messages
-        around = (self.facts.template_bytes + _TOKENS_A_TURN) * (len(turns) + 1)
+        around = self.facts.template_bytes + _TOKENS_A_TURN * (len(turns) + 1)
         return sum(len(turn.content.encode()) for turn in turns) + around
 
     async def _count(self, prompt: dict[str, object]) -> int:
