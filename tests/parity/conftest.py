@@ -41,7 +41,12 @@ _outcomes: Counts = {}
 
 def _key(item: pytest.Item) -> tuple[str, str] | None:
     """Return the test's and the backend's name, for a test that has one."""
-    if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "name" in item.callspec.params:
+    if (
+        isinstance(item, pytest.Function)
+        and item.path.parent == Path(__file__).parent
+        and hasattr(item, "callspec")
+        and "name" in item.callspec.params
+    ):
         return item.originalname, str(item.callspec.params["name"])
     return None
 
