@@ -82,6 +82,16 @@ def expand(line: str, rng: Random) -> str:
     return re.sub(r"([¿¡]) ", r"\1", line)
 
 
+def expansions(line: str) -> Iterator[str]:
+    """All texts the alternatives of ``line`` allow."""
+    found = _CHOICE.search(line)
+    if found is None:
+        yield line
+        return
+    for choice in found[1].split("|"):
+        yield from expansions(line[: found.start()] + choice + line[found.end() :])
+
+
 def variants(line: str) -> int:
     """How many texts the alternatives of ``line`` allow."""
     return math.prod(group.count("|") + 1 for group in _CHOICE.findall(line))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any
 import noise
 import torch
 from checkpoint import WEIGHTS, write_results
-from corpus import HERE, LANGUAGES, UNKNOWN, Conversation, Corpus, Exchange, Lang, published, read_toml
+from corpus import HERE, LANGUAGES, UNKNOWN, Conversation, Corpus, Exchange, Lang, expansions, published, read_toml
 from report import update_readme
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -150,6 +151,17 @@ def independent() -> tuple[list[Exchange], list[Exchange], list[Conversation]]:
     return known, unknown, talks
 
 
+def bare(text: str) -> str:
+    """``text`` in lower case, without accents and marks, to compare wordings."""
+    return " ".join(re.findall(r"\w+", noise.drop_accents(text).lower()))
+
+
+def not_in(corpus: Corpus, exchanges: Iterable[Exchange]) -> list[Exchange]:
+    """Those whose wording training never saw, not even by chance in somebody else's phrasing."""
+    seen = {bare(text) for lines in corpus.lines.values() for line in lines for text in expansions(line)}
+    return [x for x in exchanges if bare(x.question) not in seen]
+
+
 def summary(judge: Judge, talks: Iterable[Conversation]) -> dict[str, float | int]:
     """Percentages over all answers of ``talks``."""
     verdicts = [verdict for talk in talks for verdict in judge.judge(talk)]
@@ -194,7 +206,8 @@ def by_intent(judge: Judge, exchanges: Iterable[Exchange]) -> dict[str, str]:
 
 def evaluate(judge: Judge) -> dict[str, Any]:
     """All figures of the README's table."""
-    held = list(Corpus().held_out_exchanges(draws(1)))
+    corpus = Corpus()
+    held = list(corpus.held_out_exchanges(draws(1)))
     held_known = [x for x in held if x.intent != UNKNOWN]
     held_unknown = [x for x in held if x.intent == UNKNOWN]
     known, unknown, talks = independent()
@@ -206,8 +219,10 @@ def evaluate(judge: Judge) -> dict[str, Any]:
         "own_held_out_lines_mistyped": summary(judge, each(mistyped(held_known, draws(3)))),
         "own_held_out_unknown": summary(judge, each(held_unknown)),
         "independent": summary(judge, each(known)),
+        "independent_wording_never_trained": summary(judge, each(not_in(corpus, known))),
         "independent_mistyped": summary(judge, each(mistyped(known, draws(4)))),
         "independent_unknown": summary(judge, each(unknown)),
+        "independent_unknown_wording_never_trained": summary(judge, each(not_in(corpus, unknown))),
         "independent_six_turns": turns_summary(judge, talks),
         "independent_mistakes_by_intent": by_intent(judge, known),
     }
