@@ -187,6 +187,7 @@ class StandIn:
         while not self.closing.is_set():
             if select.select([self._listener], [], [], 0.05)[0]:
                 connection, _ = self._listener.accept()
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as Go's servers do
                 self.connections += 1
                 thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
                 self._threads.append(thread)

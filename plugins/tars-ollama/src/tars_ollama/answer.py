@@ -116,10 +116,10 @@ class Answer:
         """
         context = self.facts.context_length
         count = await self._evaluated(prompt, num_keep=_NUM_KEEP)
-        if count != _kept(context, _NUM_KEEP):
+        if abs(count - context // 2) > 4 * _NUM_KEEP:
             return count
-        # Exactly as many as a daemon that does not know "truncate" leaves of a prompt it cuts. It would leave another
-        # number when told to keep more of its beginning.
+        # About as many as a daemon that does not know "truncate" leaves of a prompt it cuts: half the context. It keeps
+        # another number when told to keep more of the beginning.
         again = await self._evaluated(prompt, num_keep=3 * _NUM_KEEP)
         return count if again == count else context
 
@@ -231,11 +231,6 @@ def _unfinished() -> GenerationFailed:
         "Ollama ended the answer without its last message",
         hint="it does so after one token came 30 times in a row: raise temperature or repeat_penalty",
     )
-
-
-def _kept(context: int, num_keep: int) -> int:
-    """Return how many tokens are left of a prompt that Ollama cut."""
-    return context - max((context - num_keep) // 2, 1)
 
 
 def _turn(message: Message) -> dict[str, str]:

@@ -37,3 +37,4 @@ class LoopThread:
         await asyncio.gather(*running, return_exceptions=True)
         await last
         await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
