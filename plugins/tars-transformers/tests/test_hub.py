@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import tars_demo_model
-from tars_core import AllBackendsFailed, InferenceEngine
+from tars_core import AllBackendsFailed, InferenceEngine, ModelNotFound
 from tars_core.plugin import ModelRef, ProbeLimits, ProbeReport
-from tars_transformers import checkpoint, hub, plugin
+from tars_transformers import TransformersBackend, checkpoint, hub, plugin
 
 WEIGHTS = tars_demo_model.WEIGHTS
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -167,6 +167,11 @@ class TestWithoutAllowDownload:
             _load("hf:org/name", allow_download=False)
         assert "hf download org/name" in str(caught.value)
         assert server.asked == []
+
+    @pytest.mark.usefixtures("home")
+    def test_the_backend_alone_takes_a_repository_for_one(self) -> None:
+        with pytest.raises(ModelNotFound, match="hf:microsoft/phi-2 is not on this machine"):
+            TransformersBackend(model_name="microsoft/phi-2", device="cuda")
 
 
 class TestDownload:

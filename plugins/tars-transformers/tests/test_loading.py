@@ -114,6 +114,18 @@ class TestLoading:
         with pytest.raises(LoadFailed, match="transformers cannot load copy"):
             _load(folder)
 
+    def test_reaches_for_no_network_and_runs_nothing_of_the_checkpoint(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reached: list[object] = []
+        monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: reached.append(address))
+        for name in ("custom_generate/generate.py", "modeling_llama.py", "tokenization_llama.py"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("raise SystemExit('it ran')")
+        (folder / "pytorch_model.bin").write_bytes(b"not read")
+        assert _text(_run(_load(folder), _request("Hola")))
+        assert reached == []
+
     def test_stops_when_it_is_cancelled(self) -> None:
         cancel = threading.Event()
         cancel.set()
