@@ -16,6 +16,7 @@ from tars_core.events import BackendEvent, Progress, TextDelta
 from tars_core.events import BackendFinished as Finished
 from tars_core.hookspecs import BatchedModel, CancelFlag, LoadedModel, ProgressCallback, hookimpl
 from tars_core.schema import (
+    FinishReason,
     GenerateRequest,
     LoadOptions,
     ModelRef,
@@ -34,6 +35,7 @@ __all__ = [
     "BatchedModel",
     "CancelFlag",
     "ContextLengthExceeded",
+    "FinishReason",
     "Finished",
     "GenerateRequest",
     "GenerationFailed",

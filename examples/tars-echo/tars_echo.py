@@ -8,6 +8,7 @@ from tars_core.plugin import (
     BackendEvent,
     CancelFlag,
     Finished,
+    FinishReason,
     GenerateRequest,
     LoadedModel,
     ModelRef,
@@ -39,5 +40,5 @@ def tars_generate(request: GenerateRequest, cancel: CancelFlag) -> Iterator[Back
         if cancel.is_set():
             break
         yield TextDelta(text=word if number == 0 else f" {word}")
-    reason = "cancelled" if cancel.is_set() else "length" if len(said) < len(words) else "stop"
+    reason: FinishReason = "cancelled" if cancel.is_set() else "length" if len(said) < len(words) else "stop"
     yield Finished(finish_reason=reason, usage=Usage(prompt_tokens=len(words), completion_tokens=len(said)))
