@@ -147,6 +147,7 @@ class Driver:
         attempts = failover.Attempts(candidates, self._limits, self._circuits, now=started)
         while True:
             candidate = attempts.next(time.monotonic())
+            _log.info("asking %s for %s (%s)", candidate.backend, candidate.model, ", ".join(candidate.reasons))
             place = self._places.setdefault((candidate.backend, candidate.model), _Place())
             attempt = _Attempt(self, place, candidate, attempts, started)
             try:
@@ -216,6 +217,7 @@ class Driver:
             )
         finally:
             self._tell(candidate.backend, 1.0, "")
+        _log.info("%s loaded: %s", candidate.backend, loaded)
         if self.settings.require_device == "gpu" and loaded.device == "cpu":
             await worker.close()
             raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")

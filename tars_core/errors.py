@@ -27,6 +27,7 @@ Messages say what happened and with which figures; ``hint`` is the next step.
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -188,6 +189,14 @@ class AllBackendsFailed(TarsError):
             hint="\n  → ".join(dict.fromkeys(hints)) or "tars backends shows what is installed",
         )
         self.attempts = tuple(attempts)
+
+
+def place_of(error: BaseException) -> str:
+    """Return `` (file.py, line 7)``, the innermost place a foreign error was raised; empty where it has none."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return f" ({Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno})" if place else ""
 
 
 def _signal_name(returncode: int | None) -> str | None:

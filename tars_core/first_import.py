@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from tars_core import childprocess, hookspecs
-from tars_core.errors import WorkerDied
+from tars_core.errors import WorkerDied, place_of
 from tars_core.schema import ProbeLimits
 
 _log = logging.getLogger("tars_core.registry")
@@ -113,9 +114,18 @@ def fingerprint(suspect: Suspect) -> str:
 
 def examine(suspects: Sequence[Suspect], *, limit_s: float) -> dict[str, Verdict]:
     """Import and probe each plugin in a child of its own, all at once; return the verdicts by name."""
-    deadline = time.monotonic() + limit_s
-    children = {suspect.name: _start(suspect) for suspect in suspects}
-    return {name: _judge(child, deadline, limit_s) for name, child in children.items()}
+    verdicts: dict[str, Verdict] = {}
+
+    def judge(suspect: Suspect) -> None:
+        verdicts[suspect.name] = _judge(_start(suspect), limit_s)
+
+    # A thread each: one that hangs must not use up the time of the others. Daemons: Ctrl-C does not wait for them.
+    threads = [threading.Thread(target=judge, args=(suspect,), daemon=True) for suspect in suspects]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return verdicts
 
 
 def _start(suspect: Suspect) -> subprocess.Popen[bytes]:
@@ -128,9 +138,9 @@ def _start(suspect: Suspect) -> subprocess.Popen[bytes]:
     )
 
 
-def _judge(child: subprocess.Popen[bytes], deadline: float, limit_s: float) -> Verdict:
+def _judge(child: subprocess.Popen[bytes], limit_s: float) -> Verdict:
     try:
-        output, words = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        output, words = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
@@ -156,7 +166,7 @@ def _try_out(name: str, target: str) -> Verdict:
     except SystemExit as error:
         return Verdict(stage=stage, reason=f"it called sys.exit({error.code!r})")
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises is the verdict
-        return Verdict(stage=stage, reason=f"{type(error).__name__}: {error}")
+        return Verdict(stage=stage, reason=f"{type(error).__name__}: {error}{place_of(error)}")
     return Verdict()
 
 

@@ -12,7 +12,7 @@ import pydantic
 from tars_core import ranking, registry, speeds
 from tars_core.errors import BackendUnavailable, ConfigError
 from tars_core.schema import BackendStatus, Decision, ModelRef, OfferedModel, ProbeLimits, ProbeReport, Rejection
-from tars_core.settings import Settings, cache_folder
+from tars_core.settings import Settings, cache_folder, plain_name
 from tars_core.sources import memory
 from tars_core.sources.resolve import ResolvedModel, resolve
 
@@ -81,11 +81,21 @@ class Planner:
                 extra=self._objects,
             )
             known = {p.name for p in self._registry.plugins} | {q.name for q in self._registry.quarantined}
-            for name in self._settings.backends.keys() - known:
-                _log.warning(
-                    "settings for %s, which is not installed (%s)", name, self._settings.origin(f"backends.{name}")
-                )
+            self._warn_of_unknown(known)
         return self._registry
+
+    def _warn_of_unknown(self, known: set[str]) -> None:
+        """Tell of settings that name a plugin nobody has: a misspelt name, or one that was uninstalled."""
+        settings = self._settings
+        named = [(f"backends.{name}", name) for name in settings.backends]
+        named += [(f"use.{name}", name) for name, allowed in settings.use.items() if not allowed]
+        named += [("prefer", name) for name in settings.prefer]
+        plain = {plain_name(name) for name in known}
+        for key, name in named:
+            if plain_name(name) not in plain:
+                near = difflib.get_close_matches(name, known, n=1)
+                mend = f"; did you mean {near[0]}?" if near else ""
+                _log.warning("%s (%s) names %s, which is not installed%s", key, settings.origin(key), name, mend)
 
     def decide(self, running: frozenset[ranking.Key]) -> Decision:
         """Return what would be tried, in order; ``running`` is loaded already. Raises where nothing can be."""
@@ -120,7 +130,8 @@ class Planner:
             raise BackendUnavailable(
                 f"no backend can run {model.name}",
                 reasons={r.backend: r.reason for r in rejected},
-                hint=next((r.hint for r in rejected if r.hint), None) or _NO_BACKEND,
+                hint=next((r.hint for r in rejected if r.hint), None)
+                or "tars backends shows what is installed, docs/README.md which backend runs what",
             )
         return Decision(model=model.name, candidates=candidates, rejected=rejected, notice=model.notice)
 

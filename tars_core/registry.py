@@ -19,6 +19,7 @@ import msgspec
 import pluggy
 
 from tars_core import first_import, hookspecs
+from tars_core.errors import place_of
 from tars_core.schema import ModelRef, OfferedModel, ProbeLimits, ProbeReport
 
 Stage: TypeAlias = Literal["discovery", "generation", "import", "register", "probe"]
@@ -26,7 +27,7 @@ Stage: TypeAlias = Literal["discovery", "generation", "import", "register", "pro
 _MENDS: dict[Stage, str] = {
     "discovery": "uninstall one of the two",
     "generation": "upgrade tars-core or the plugin, so that both speak the same generation",
-    "import": "pip install --force-reinstall {distribution}, or uninstall it",
+    "import": "reinstall {distribution} or uninstall it; tars backends looks at it again",
     "register": "upgrade {distribution}; its hooks are not those of this tars-core",
     "probe": "upgrade {distribution} or report it to its authors",
 }
@@ -232,7 +233,7 @@ def discover(
             stage = "register"
             registry.add(plugin, value)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin must not stop the others
-            registry.quarantine(plugin, stage, f"{type(error).__name__}: {error}")
+            registry.quarantine(plugin, stage, f"{type(error).__name__}: {error}{place_of(error)}")
     return registry
 
 
@@ -308,5 +309,5 @@ def _fault(answer: object, deadline_s: float) -> str:
     if isinstance(answer, _TooLate):
         return f"no answer within {deadline_s:g} s"
     if isinstance(answer, BaseException):
-        return f"{type(answer).__name__}: {answer}"
+        return f"{type(answer).__name__}: {answer}{place_of(answer)}"
     return f"it returned {type(answer).__name__}"

@@ -30,7 +30,10 @@ _log = logging.getLogger("tars_core.settings")
 ENV_PREFIX = "TARS_"
 NESTED = "__"
 _USE = "use_"
+_ENV_USE = "TARS_USE_"
 _DEFAULT = "default"
+
+_TABLES = ("tars_limits", "tars_backends", "tars_models")
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -99,7 +102,7 @@ class Settings(pydantic.BaseModel):
 
     def forbids(self, backend: str) -> bool:
         """Say whether ``use`` forbids ``backend``; ``llama_cpp`` and ``llamacpp`` are one name."""
-        return not self.use.get(_plain_name(backend), True)
+        return not self.use.get(plain_name(backend), True)
 
     def origin(self, key: str) -> str:
         """Return where ``key`` (``limits.load_s``, ``backends.ollama``) came from."""
@@ -186,10 +189,22 @@ def _variables(environment: Mapping[str, str], folder: Path | None) -> Iterator[
         return
     from tars_core import variables  # noqa: PLC0415 - see there
 
-    yield _Layer("environment variable", _use_by_plain_name(variables.from_environment()), names)
+    values = _with_use(variables.from_environment(), environment)
+    yield _Layer("environment variable", values, names)
     if dotenv is not None and has_file:
         values, found = variables.from_dotenv(dotenv)
-        yield _Layer(f"{dotenv}:", _use_by_plain_name(values), _ours(found))
+        yield _Layer(f"{dotenv}:", _with_use(values, found), _ours(found))
+
+
+def _with_use(values: dict[str, object], variables: Mapping[str, str | None]) -> dict[str, object]:
+    """Add what ``TARS_USE_NAME`` says; ``TARS_USE__NAME`` is among ``values`` already."""
+    given = values.get("use")
+    use = dict(given) if isinstance(given, Mapping) else {}
+    for variable, value in variables.items():
+        name = variable.upper().removeprefix(_ENV_USE)
+        if name != variable.upper() and not name.startswith("_"):
+            use[name.lower()] = value
+    return _use_by_plain_name({**values, "use": use} if use else values)
 
 
 def _toml(path: Path, *table: str) -> _Layer:
@@ -221,11 +236,12 @@ def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 def _use_by_plain_name(values: dict[str, object]) -> dict[str, object]:
     use = values.get("use")
     if isinstance(use, Mapping):
-        values["use"] = {_plain_name(str(name)): value for name, value in use.items()}
+        values["use"] = {plain_name(str(name)): value for name, value in use.items()}
     return values
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return a plugin's name as it is compared: ``llama_cpp`` and ``llamacpp`` are one."""
     return name.replace("_", "").replace("-", "").lower()
 
 
@@ -260,8 +276,12 @@ def _check_variables(names: frozenset[str]) -> None:
     known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
     for name in sorted(names):
         stem = name.partition(NESTED)[0]
-        if stem in known:
+        if stem in known or name.startswith(_ENV_USE):
             continue
+        table = next((k for k in known if name.startswith(f"{k}_") and k.lower() in _TABLES), None)
+        if table:
+            key = name.removeprefix(f"{table}_")
+            raise ConfigError(f"unknown setting {name} (environment)", hint=f"did you mean {table}{NESTED}{key}?")
         near = difflib.get_close_matches(stem, known, n=1, cutoff=0.8)
         if near:
             raise ConfigError(f"unknown setting {name} (environment)", hint=f"did you mean {near[0]}?")

@@ -6,6 +6,7 @@ quarter of what ``tars backends`` takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -29,14 +30,14 @@ def from_environment() -> dict[str, object]:
     return _read(pydantic_settings.EnvSettingsSource(_Variables))
 
 
-def from_dotenv(file: Path) -> tuple[dict[str, object], frozenset[str]]:
-    """Return what a ``.env`` file sets, and the variables it has; other programs' variables are left out."""
+def from_dotenv(file: Path) -> tuple[dict[str, object], Mapping[str, str | None]]:
+    """Return what a ``.env`` file sets, and all the variables it has, other programs' too."""
     try:
         source = pydantic_settings.DotEnvSettingsSource(_Variables, env_file=file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     values = {key: value for key, value in _read(source).items() if key in Settings.model_fields}
-    return values, frozenset(name.upper() for name in source.env_vars)
+    return values, source.env_vars
 
 
 def _read(source: pydantic_settings.PydanticBaseSettingsSource) -> dict[str, object]:

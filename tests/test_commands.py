@@ -70,6 +70,39 @@ def test_a_wrong_settings_file_names_the_file_and_the_mend(tmp_path: Path, text:
     assert done.stdout == ""
 
 
+def test_a_name_in_the_settings_that_no_plugin_has_is_pointed_out(tmp_path: Path, write_script: WriteScript) -> None:
+    (tmp_path / "tars.toml").write_text("prefer = ['alpa']\n[use]\nbetta = false\n")
+    done = tars("run", "hi", "-m", write_script(alpha=BackendScript()), cwd=tmp_path)
+    assert done.stdout == "hello\n"
+    assert "names alpa, which is not installed; did you mean alpha?" in done.stderr
+    assert "names betta, which is not installed; did you mean beta?" in done.stderr
+
+
+def test_doctor_works_where_the_settings_do_not(tmp_path: Path) -> None:
+    (tmp_path / "tars.toml").write_text("modle = 'x'\n")
+    assert "settings error: unknown setting modle" in tars("doctor", cwd=tmp_path).stdout
+
+
+def test_an_alias_that_lost_its_first_form_says_so(tmp_path: Path, write_script: WriteScript) -> None:
+    script = write_script(alpha=BackendScript())
+    (tmp_path / "tars.toml").write_text(f"[models]\nmine = ['no/such.gguf', '{script}']\n")
+    for command in (["run", "hi", "-m", "mine"], ["plan", "mine"]):
+        assert "there is no file no/such.gguf: going on without" in tars(*command, cwd=tmp_path).stderr
+
+
+def test_output_that_cannot_be_written_is_one_line(write_script: WriteScript) -> None:
+    command = f"{sys.executable} -m tars_core.cli run -q hi -m {write_script(alpha=BackendScript())} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output cannot be written: No space left on device")
+
+
+def test_verbose_says_what_happens(write_script: WriteScript) -> None:
+    done = tars("-v", "run", "-q", "hi", "-m", write_script(alpha=BackendScript()))
+    assert "asking alpha for fake:" in done.stderr
+    assert "alpha loaded" in done.stderr
+
+
 def test_a_settings_file_that_is_not_there_is_an_error() -> None:
     assert "there is no settings file nope.toml" in tars("--config", "nope.toml", "backends", code=2).stderr
 

@@ -48,7 +48,7 @@ def _statuses(only: str, **limits: float) -> dict[str, BackendStatus]:
 @pytest.mark.parametrize(
     ("name", "stage", "reason"),
     [
-        ("raises", "import", "RuntimeError: this plugin was built for another machine"),
+        ("raises", "import", "for another machine (bad_raises.py, line 3)"),
         ("misses-dependency", "import", "No module named 'a_package_nobody_has'"),
         ("calls-sys-exit", "import", "sys.exit('no GPU, no service')"),
         ("calls-os-exit", "import", "exit code 7"),
@@ -78,6 +78,17 @@ def test_29_a_plugin_that_hangs_on_import_costs_its_limit_once_and_is_remembered
         with pytest.raises(BackendUnavailable, match="not imported within 2 s"):
             engine.generate("hi")
         assert time.monotonic() - began < 2
+
+
+@pytest.mark.usefixtures("with_broken_plugins")
+def test_29_a_plugin_that_hangs_does_not_use_up_the_time_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nobody was imported before
+    statuses = _statuses("alpha,hangs,prints", import_s=5.0)
+    assert statuses["hangs"].quarantined == "import"
+    assert statuses["alpha"].available
+    assert statuses["prints"].quarantined is None
 
 
 @pytest.mark.usefixtures("with_broken_plugins")

@@ -315,3 +315,17 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         settings.threads = 2
     with pytest.raises(ValueError, match="frozen"):
         settings.limits.load_s = 2
+
+
+def test_a_variable_may_forbid_a_backend_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TARS_USE_LLAMA_CPP", "false")
+    settings = load_settings({})
+    assert settings.forbids("llamacpp")
+    assert settings.origin("use.llamacpp") == "environment variable"
+
+
+def test_a_variable_with_one_underscore_too_few_is_told_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TARS_LIMITS_LOAD_S", "60")
+    with pytest.raises(ConfigError) as caught:
+        load_settings({})
+    assert caught.value.hint == "did you mean TARS_LIMITS__LOAD_S?"

@@ -44,8 +44,8 @@ def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling:
                 case Started(decision=decision) if decision.notice and not quiet:
                     click.secho(f"note: {decision.notice}", err=True, dim=True)
                 case TextDelta(text=text):
+                    ends_line = text.endswith("\n")  # before it is written: Ctrl-C may come in between
                     output.write(shown(text))
-                    ends_line = text.endswith("\n")
                 case Finished(completion=completion) if not quiet:
                     _end_line(ends_line)
                     ends_line = True

@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         cli.main(list(arguments), prog_name="tars", standalone_mode=False)
     except errors.TarsError as error:
-        click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True)
+        click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True, color=_colour())
         return _exit_code(error)
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
@@ -38,6 +38,11 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return error.exit_code
     return 0
+
+
+def _colour() -> bool | None:
+    """Return ``False`` where ``NO_COLOR`` is set (no-color.org), else leave it to whether a person reads."""
+    return False if os.environ.get("NO_COLOR") else None
 
 
 def _exit_code(error: errors.TarsError) -> int:
@@ -82,13 +87,12 @@ _answering = _options(
 def cli(context: click.Context, verbose: int, config: Path | None) -> None:
     """Answer with a local language model, on the best engine this machine has."""
     context.obj = config
-    if os.environ.get("NO_COLOR"):
-        context.color = False
-    if verbose:
-        logging.basicConfig(
-            stream=sys.stderr, level=logging.INFO if verbose == 1 else logging.DEBUG, format="%(name)s: %(message)s"
-        )
-        logging.getLogger("asyncio").setLevel(logging.WARNING)
+    context.color = _colour()
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(name)s: %(message)s" if verbose else "note: %(message)s"
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
 @cli.command("run")
@@ -108,10 +112,10 @@ def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Answer PROMPT; without one, what is piped in."""
+    """Answer PROMPT; without one, or with -, what is piped in."""
     from tars_core.cli import answer  # noqa: PLC0415 - each command imports what it needs
 
-    text = prompt if prompt is not None else answer.piped_prompt()
+    text = answer.piped_prompt() if prompt is None or prompt == "-" else prompt
     with _engine(model, backend, quiet=quiet) as engine:
         sampling = _sampling(max_tokens, temperature, seed)
         if as_json:
@@ -186,9 +190,14 @@ def benchmark_command(model: str | None, backend: str | None, *, as_json: bool) 
 def doctor_command(*, as_json: bool) -> None:
     """Print all that a bug report needs, secrets masked."""
     from tars_core.cli import doctor  # noqa: PLC0415
+    from tars_core.settings import Settings  # noqa: PLC0415
 
     output.claim_stdout()
-    doctor.report(_settings(None, None), as_json=as_json)
+    try:
+        settings, trouble = _settings(None, None), None
+    except errors.ConfigError as error:  # the very moment one asks the doctor
+        settings, trouble = Settings(), str(error)
+    doctor.report(settings, trouble, as_json=as_json)
 
 
 @cli.group("config")

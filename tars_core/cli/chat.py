@@ -15,7 +15,7 @@ import platformdirs
 from tars_core.cli import answer, output
 from tars_core.errors import AllBackendsFailed, ContextLengthExceeded, RequestError, StreamInterrupted
 from tars_core.events import Finished, Started, TextDelta
-from tars_core.schema import Message
+from tars_core.schema import Message, SamplingParams
 
 if TYPE_CHECKING:
     from tars_core.engine import InferenceEngine, Sampling
@@ -44,7 +44,9 @@ class Conversation:
         self._begin(system)
 
     def run(self) -> None:
-        """Ask and answer until the end of the input, or ``/quit``."""
+        """Ask and answer until the end of the input, or ``/quit``. What cannot work at all is said before."""
+        SamplingParams(**self._sampling)  # type: ignore[arg-type]  # raises; the values are the command line's
+        self._engine.plan()
         if self._interactive:
             click.secho("/help says what you can type; Ctrl-D ends.", err=True, dim=True)
         with _history() if self._interactive else contextlib.nullcontext():
@@ -74,8 +76,10 @@ class Conversation:
                 return False
             case "/new":
                 self._begin(next((turn.content for turn in self._turns if turn.role == "system"), None))
+                click.secho("(a new conversation)", err=True, dim=True)
             case "/system":
                 self._begin(rest.strip() or None)
+                click.secho("(a new conversation)", err=True, dim=True)
             case "/stats":
                 click.echo(self._stats, err=True)
             case "/help":
@@ -87,6 +91,7 @@ class Conversation:
     def _answer(self, line: str) -> None:
         """Answer one turn. A turn that failed is taken back, one that was stopped stays with what it said."""
         said: list[str] = []
+        cut = False
         self._turns.append(Message(role="user", content=line))
         try:
             for event in self._engine.stream(messages=self._turns, **self._sampling):
@@ -98,6 +103,7 @@ class Conversation:
                         output.write(answer.shown(text))
                     case Finished(completion=completion):
                         self._stats = answer.summary(completion)
+                        cut = completion.finish_reason == "length"
         except KeyboardInterrupt:
             click.secho("  (stopped)", err=True, dim=True)
         except ContextLengthExceeded as error:
@@ -106,6 +112,8 @@ class Conversation:
             click.secho(f"\n{error}" if said else str(error), err=True, fg="red")
         if said:
             output.write("\n")
+            if cut:
+                click.secho("(cut at --max-tokens, or the context is full)", err=True, dim=True)
             self._turns.append(Message(role="assistant", content="".join(said)))
         else:
             self._turns.pop()

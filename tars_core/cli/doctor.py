@@ -37,6 +37,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     free_memory_gib: float | None
     packages: dict[str, str]
     plugins: tuple[BackendStatus, ...]
+    settings_error: str | None
     settings: dict[str, str]
     """Those that are no defaults, with their origins."""
     environment: dict[str, str]
@@ -44,8 +45,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     cache_folder: str
 
 
-def report(settings: Settings, *, as_json: bool) -> None:
-    """Print the report."""
+def report(settings: Settings, trouble: str | None, *, as_json: bool) -> None:
+    """Print the report; ``trouble`` is what is wrong with the settings, if they could not be read."""
     with InferenceEngine(settings) as engine:
         plugins = engine.backends()
     free = memory.free_bytes()
@@ -57,6 +58,7 @@ def report(settings: Settings, *, as_json: bool) -> None:
         free_memory_gib=round(free / _GIB, 1) if free is not None else None,
         packages={name: version for name in _RUNTIMES if (version := _version(name))},
         plugins=plugins,
+        settings_error=trouble,
         settings={
             key: f"{masked(key, str(value))}  ({settings.origin(key)})"
             for key, value in settings.listed()
@@ -88,6 +90,7 @@ def _text(found: Report) -> str:
         f"settings file {found.settings_file}",
         f"cache {found.cache_folder}",
         "packages: " + ", ".join(f"{name} {version}" for name, version in found.packages.items()),
+        *([f"settings error: {found.settings_error}"] if found.settings_error else []),
         "plugins:" if found.plugins else "plugins: none",
     ]
     for plugin in found.plugins:

@@ -41,6 +41,8 @@ def plan(decision: Decision, *, as_json: bool) -> None:
         output.write(dump(decision))
         return
     _line(f"model {decision.model}")
+    if decision.notice:
+        click.secho(f"note: {decision.notice}", err=True, dim=True)
     for place, candidate in enumerate(decision.candidates, start=1):
         _line(f"{place}. {click.style(candidate.backend, bold=True)}  {_facts(candidate)}")
         _note(", ".join(candidate.reasons), None)

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TextIO
 
+from tars_core.errors import TarsError
+
 _out: TextIO = sys.stdout
 
 
@@ -19,6 +21,8 @@ class ReaderGoneError(Exception):
 def claim_stdout() -> None:
     """Keep stdout for :func:`write`; what a plugin or a native library prints lands on stderr."""
     global _out  # noqa: PLW0603 - a process has one stdout
+    if sys.stdout is None:
+        raise TarsError("stdout is closed", hint="send the output to a file, or to /dev/null")
     sys.stdout.flush()
     # errors="replace": a terminal that knows only ASCII gets ? instead of an exception.
     _out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
@@ -32,6 +36,8 @@ def write(text: str) -> None:
         _out.flush()
     except BrokenPipeError:
         raise ReaderGoneError from None
+    except OSError as error:
+        raise TarsError(f"the output cannot be written: {error.strerror}", hint="is the disk full?") from None
 
 
 def on_terminal() -> bool:

@@ -85,6 +85,17 @@ class GGUFHeader(msgspec.Struct, frozen=True, kw_only=True):
         return per_head * self.head_count_kv * self.block_count * context_length
 
 
+def is_gguf(path: Path) -> bool:
+    """Say whether ``path`` is meant for a reader of GGUF: by its name, or by how the file begins."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False  # a folder, or nothing there: no GGUF
+
+
 def read_header(path: Path) -> GGUFHeader:
     """Read and check the header of ``path``.
 

@@ -39,7 +39,8 @@ def resolve(
         if demo is None:
             raise ModelNotFound(
                 "no model was named, and the demo model is not installed",
-                hint=f"name one (-m PATH, or TARS_MODEL), or install tars-demo-model{_listed(aliases, offered)}",
+                hint="name one (-m PATH, or TARS_MODEL), or, from a clone: pip install ./plugins/tars-demo-model"
+                + _listed(aliases, offered),
             )
         return ResolvedModel(
             name=str(DEMO),
@@ -66,12 +67,20 @@ def resolve(
             missing.append(error)
     if not refs:
         raise missing[0]
-    return ResolvedModel(name=wanted, refs=tuple(dict.fromkeys(refs)), weights_ids=weights_ids)
+    return ResolvedModel(
+        name=wanted,
+        refs=tuple(dict.fromkeys(refs)),
+        weights_ids=weights_ids,
+        notice=f"{'; '.join(error.message for error in missing)}: going on without" if missing else None,
+    )
 
 
 def _check(ref: ModelRef, aliases: Mapping[str, Sequence[str]], offered: Mapping[ModelRef, OfferedModel]) -> None:
     if ref.scheme == DEMO.scheme:
-        raise ModelNotFound(f"the model {ref} is not installed", hint="install tars-demo-model")
+        raise ModelNotFound(
+            f"the model {ref} is not installed",
+            hint="there is only demo: itself" if ref.rest else "from a clone: pip install ./plugins/tars-demo-model",
+        )
     path = ref.path
     if path is None:
         return

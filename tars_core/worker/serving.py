@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,7 +13,7 @@ import msgspec
 import pluggy
 
 from tars_core import hookspecs
-from tars_core.errors import ContextLengthExceeded, ContractError, GenerationFailed, LoadFailed, TarsError
+from tars_core.errors import ContextLengthExceeded, ContractError, GenerationFailed, LoadFailed, TarsError, place_of
 from tars_core.events import BackendEvent, BackendFinished, Progress, TextDelta
 from tars_core.hookspecs import BatchedModel, LoadedModel
 from tars_core.schema import RAW_STOP, Failure, GenerateRequest
@@ -78,7 +79,7 @@ def _register(frame: Load, plugin: object | None) -> pluggy.HookRelay:
     try:
         manager.register(hookspecs.import_plugin(frame.target) if plugin is None else plugin, frame.plugin)
     except (Exception, SystemExit) as error:
-        raise LoadFailed(f"{frame.plugin} does not import here: {type(error).__name__}: {error}") from error
+        raise LoadFailed(f"it does not import here: {_told(error)}") from error
     return manager.hook
 
 
@@ -93,10 +94,16 @@ def _load(hooks: pluggy.HookRelay, frame: Load, send: Send, closing: threading.E
     except MemoryError as error:
         raise LoadFailed(f"out of memory: {error}") from error
     except (Exception, SystemExit) as error:
-        raise LoadFailed(f"{frame.plugin}: {type(error).__name__}: {error}") from error
+        raise LoadFailed(_told(error)) from error
     if not isinstance(loaded, LoadedModel):
         raise ContractError(f"{frame.plugin}: tars_load must return a LoadedModel, not {type(loaded).__name__}")
     return loaded
+
+
+def _told(error: BaseException) -> str:
+    """Describe a plugin's own exception by type and place; the whole traceback goes to stderr, for ``tars -vv``."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}{place_of(error)}"
 
 
 class _Prompts:
@@ -139,7 +146,7 @@ class _Prompts:
                 f"the prompt has {error.prompt_tokens} tokens; memory allowed a context of only {error.context_length}"
             )
         elif not isinstance(error, TarsError):
-            error = GenerationFailed(f"{type(error).__name__}: {error}")
+            error = GenerationFailed(_told(error))
         return Failed(failure=Failure.of(error))
 
 

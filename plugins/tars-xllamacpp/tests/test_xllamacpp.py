@@ -95,6 +95,21 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine: I
     assert caught.value.prompt_tokens > caught.value.context_length == 512
 
 
+@pytest.mark.parametrize(("asked", "given"), [(20, 256), (300, 512), (100_000, 512), (None, 512)])
+def test_the_context_is_what_the_engine_really_gives(asked: int | None, given: int) -> None:
+    with InferenceEngine(backend="xllamacpp", model=GGUF, threads=1, context_length=asked) as engine:
+        assert engine.load().context_length == given
+        with pytest.raises(ContextLengthExceeded) as caught:
+            engine.generate("palabra " * 3000)
+        assert caught.value.context_length == given
+
+
+def test_a_gguf_file_is_known_by_its_first_bytes_too(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(GGUF.read_bytes())
+    with InferenceEngine(backend="xllamacpp", model=tmp_path / "model") as engine:
+        assert engine.generate("¿Cuál es tu nombre?", temperature=0) == NAME
+
+
 def test_a_stream_left_early_frees_its_slot(engine: InferenceEngine) -> None:
     for _ in range(6):  # more than there are slots
         for event in engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=400):

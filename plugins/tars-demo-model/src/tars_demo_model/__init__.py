@@ -23,6 +23,6 @@ def tars_models() -> tuple[OfferedModel, ...]:
             name=ModelRef(scheme="demo", rest=""),
             refs=(ModelRef.parse(WEIGHTS / "tars-demo.gguf"), ModelRef.parse(WEIGHTS)),
             weights_id=_WEIGHTS_ID,
-            notice="no model was named: this is the demo model, which knows little; name one with -m",
+            notice="no model was named: this is the demo model; name one with -m",
         ),
     )

@@ -32,7 +32,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
     """Read the file's header; look at the runtime's metadata and the names of its files."""
     del limits  # a header takes milliseconds
     path = model.path if model is not None else None
-    if model is not None and (path is None or path.suffix.lower() != ".gguf"):
+    if model is not None and (path is None or not gguf.is_gguf(path)):
         return None
     try:
         device = _built_for(importlib.metadata.distribution(_RUNTIME))

@@ -40,6 +40,7 @@ from tars_xllamacpp.settings import XLlamaCppSettings
 
 _STEP_S = 0.05
 _DEFAULT_CONTEXT = 8192
+_CONTEXT_STEP = 256  # llama.cpp pads its cache to this many tokens
 _CPU = "cpu"
 _SAMPLERS = ["penalties", "top_k", "top_p", "min_p", "temperature"]  # llama.cpp's own order, without the rest
 _PENALTY_WINDOW = 64
@@ -115,15 +116,17 @@ class ServedModel(LoadedModel):
     def load(cls, path: Path, options: LoadOptions) -> ServedModel:
         """Start the engine on ``path``. Raises ``LoadFailed`` with the engine's own words, or ``OutOfMemory``."""
         header = gguf.read_header(path)
-        wanted = options.context_length or min(header.context_length, _DEFAULT_CONTEXT)
-        context = memory.fitting_context(header, wanted, options.concurrency)
+        # The engine cuts a slot to what the model was trained for, and rounds it up to whole steps.
+        wanted = min(options.context_length or _DEFAULT_CONTEXT, header.context_length)
+        fitting = memory.fitting_context(header, wanted, options.concurrency)
+        context = min(-(-fitting // _CONTEXT_STEP) * _CONTEXT_STEP, header.context_length)
         with tempfile.TemporaryDirectory(prefix="tars-") as folder, _stderr_kept() as words:
             params = _params(path, options, context=context, socket=Path(folder) / "engine.sock")
             try:
                 server = xllamacpp.Server(params)
             except (RuntimeError, ValueError) as error:
                 raise _load_error(path, error, words()) from error
-        return cls(server, header, slots=options.concurrency, context=context, shrunk=context < wanted)
+        return cls(server, header, slots=options.concurrency, context=context, shrunk=fitting < wanted)
 
     def submit(self, request_id: int, request: GenerateRequest) -> None:
         """Start a thread that blocks in the engine's call."""
