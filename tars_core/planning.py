@@ -199,6 +199,7 @@ def _status(plugin: registry.InstalledPlugin, report: ProbeReport | None, runs_m
         device=report.device if report else None,
         reason=report.reason if report else "it did not answer its probe" if runs_models else None,
         hint=report.hint if report else None,
+        deviations=report.deviations if report else (),
     )
 
 

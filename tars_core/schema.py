@@ -172,9 +172,8 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens the model was trained for."""
     concurrency: int = 1
     """Requests it can run at once."""
-    capabilities: frozenset[str] = frozenset()
-    isolation: bool = True
-    """Whether it needs a process of its own (native code does)."""
+    deviations: tuple[str, ...] = ()
+    """Where a request means something else here than on the other backends; ``tars backends`` shows them."""
     preference: int = 50
     """0 to 100; decides only where all else is equal."""
 
@@ -333,6 +332,8 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     device: str | None = None
     reason: str | None = None
     hint: str | None = None
+    deviations: tuple[str, ...] = ()
+    """Where a request means something else here than on the other backends."""
     quarantined: str | None = None
     """The stage at which it was put aside: discovery, generation, import, register, probe."""
 

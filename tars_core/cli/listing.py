@@ -33,6 +33,8 @@ def backends(statuses: Sequence[BackendStatus], *, as_json: bool) -> None:
         cells[1] = click.style(cells[1], fg=_colour(status))
         _line("  ".join(cells).rstrip())
         _note(status.reason, status.hint)
+        for deviation in status.deviations:
+            _note(f"differs: {deviation}", None)
 
 
 def plan(decision: Decision, *, as_json: bool) -> None:

@@ -22,7 +22,13 @@ def daemon(address: Address, deadline_s: float) -> ProbeReport:
         reply = ask(address, "/api/version", deadline_s=deadline_s)
     except NoAnswer as failure:
         return _absent(address, str(failure))
-    return ProbeReport(available=True) if reply.status == _OK else _refused(address, reply)
+    return ProbeReport(available=True, deviations=_DEVIATIONS) if reply.status == _OK else _refused(address, reply)
+
+
+_DEVIATIONS = (
+    "text comes without the ids of its tokens",
+    "a model whose file cannot be read gets Ollama's own chat template",
+)
 
 
 def named(name: str, address: Address, deadline_s: float) -> ProbeReport:

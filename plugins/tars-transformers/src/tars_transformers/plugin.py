@@ -29,6 +29,12 @@ _PREFERENCE = 40  # llama.cpp is faster with the same weights
 _CPU = "cpu"
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
+_DEVIATIONS = (
+    "answers one request at a time; the others wait",
+    "context_length never goes beyond what the model was trained for",
+    "of a prompt beyond 1 MB that cannot fit, only the least number of its tokens is told",
+)
+
 
 @hookimpl
 def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | None:
@@ -49,7 +55,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
     device = _device(torch)
     if folder is None:
         # Whether a model may be fetched is known when it is loaded.
-        return ProbeReport(available=True, device=device, preference=_PREFERENCE)
+        return ProbeReport(available=True, device=device, preference=_PREFERENCE, deviations=_DEVIATIONS)
     try:
         facts = checkpoint.inspect(folder)
     except LoadFailed as error:
