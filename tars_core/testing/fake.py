@@ -118,6 +118,12 @@ class Finish(msgspec.Struct, tag="finish", frozen=True):
     """Yield ``Finished``; the script goes on behind it."""
 
 
+class Mark(msgspec.Struct, tag="mark", frozen=True):
+    """Make a file, for a test that waits until the script is here."""
+
+    path: str
+
+
 class Fork(msgspec.Struct, tag="fork", frozen=True):
     """Leave a grandchild behind that holds all pipes open for so long."""
 
@@ -138,6 +144,7 @@ Act: TypeAlias = (
     | Complain
     | YieldJunk
     | Finish
+    | Mark
     | Fork
 )
 
@@ -316,7 +323,7 @@ def _act(act: Act, request: GenerateRequest | None, cancel: CancelFlag) -> Itera
             _do(act, cancel)
 
 
-def _do(act: Act, cancel: CancelFlag) -> None:  # noqa: C901 - one case an act
+def _do(act: Act, cancel: CancelFlag) -> None:  # noqa: C901, PLR0912 - one case an act
     match act:
         case Wait(seconds=seconds, deaf=deaf):
             time.sleep(seconds) if deaf else cancel.wait(seconds)
@@ -337,6 +344,8 @@ def _do(act: Act, cancel: CancelFlag) -> None:  # noqa: C901 - one case an act
         case Complain(text=text):
             sys.stderr.write(text)
             sys.stderr.flush()
+        case Mark(path=path):
+            Path(path).touch()
         case Fork(seconds=seconds):
             if os.fork() == 0:
                 time.sleep(seconds)
