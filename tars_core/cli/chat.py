@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ class Conversation:
 
     def run(self) -> None:
         """Ask and answer until the end of the input, or ``/quit``. What cannot work at all is said before."""
+        gc.enable()  # see main(): a conversation lasts
         SamplingParams(**self._sampling)  # type: ignore[arg-type]  # raises; the values are the command line's
         self._engine.plan()
         if self._interactive:
