@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 
 import msgspec
-import pydantic
 
 from tars_core import ranking, registry, speeds
 from tars_core.errors import BackendUnavailable, ConfigError
@@ -48,16 +47,11 @@ class Planner:
 
     def backend_settings(self, name: str) -> str:
         """Return ``[backends.NAME]`` as JSON, accepted by the plugin; raises ``ConfigError`` where it is not."""
-        given = self._settings.backends.get(name)
-        if not given:
+        if not self._settings.backends.get(name):
             return "{}"
-        model = self._discovered().settings_model(name)
-        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
-            raise ConfigError(f"the backend {name} has no settings of its own", hint=f"remove [backends.{name}]")
-        try:
-            return model(**given).model_dump_json()
-        except pydantic.ValidationError as error:
-            raise self._settings.explain(error, f"backends.{name}.", model) from None
+        from tars_core import validation  # noqa: PLC0415 - imports pydantic
+
+        return validation.own_settings(name, self._discovered().settings_model(name), self._settings)
 
     def _settings_error(self, name: str) -> ConfigError | None:
         try:

@@ -7,17 +7,19 @@ command line also reads ``.env``, ``tars.toml`` and ``[tool.tars]`` of ``pyproje
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import platformdirs
-import pydantic
-from pydantic import BeforeValidator, Field
+from annotated_types import Ge, Interval
 
 from tars_core.errors import ConfigError
 
@@ -35,22 +37,15 @@ _DEFAULT = "default"
 
 _TABLES = ("tars_limits", "tars_backends", "tars_models")
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Interval(gt=0, lt=math.inf)]
+Count = Annotated[int, Ge(1)]
 
 
-def _names(value: object) -> object:
-    """Take ``a, b`` for a list, as an environment variable gives it."""
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-
-
-class LimitSettings(pydantic.BaseModel):
+@dataclass(frozen=True)
+class LimitSettings:
     """Time limits in seconds. The first three bound the time without progress."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     load_s: Seconds = 300.0
     first_token_s: Seconds = 120.0
@@ -62,20 +57,21 @@ class LimitSettings(pydantic.BaseModel):
     probe_s: Seconds = 2.0
 
 
-class Settings(pydantic.BaseModel):
-    """Every setting of an engine, with its default."""
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of an engine, with its default. :func:`load_settings` checks the values; this class does not."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     model: str | None = None
     """Path, reference or alias; ``None``: the demo model."""
-    models: dict[str, tuple[str, ...]] = {}
+    models: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Aliases: a name for an ordered list of references."""
     backend: str | None = None
     """Use this backend and no other."""
-    prefer: Names = ()
+    prefer: tuple[str, ...] = ()
     """Backends to try first, in this order."""
-    use: dict[str, bool] = {}
+    use: dict[str, bool] = field(default_factory=dict)
     """``use.NAME = false`` forbids a backend. As an argument also ``use_NAME=False``."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     require_device: Literal["gpu"] | None = None
@@ -83,7 +79,7 @@ class Settings(pydantic.BaseModel):
     context_length: Count | None = None
     """Tokens for one request, prompt and answer; ``None``: the model's own, within what memory allows."""
     threads: Count | None = None
-    gpu_layers: Annotated[int, Field(ge=-1)] | None = None
+    gpu_layers: Annotated[int, Ge(-1)] | None = None
     """Layers to put on the GPU; -1: all."""
     concurrency: Count = 4
     """Requests one loaded model runs at once; more wait."""
@@ -95,10 +91,10 @@ class Settings(pydantic.BaseModel):
     plugins: str = ""
     """Plugins that may be imported: names between commas, ``-name`` denies one; empty: all."""
     limits: LimitSettings = LimitSettings()
-    backends: dict[str, dict[str, object]] = {}
+    backends: dict[str, dict[str, object]] = field(default_factory=dict)
     """A backend's own settings, by its name; see the backend's page."""
-
-    _origins: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """No setting: where each that is not at its default came from."""
 
     def forbids(self, backend: str) -> bool:
         """Say whether ``use`` forbids ``backend``; ``llama_cpp`` and ``llamacpp`` are one name."""
@@ -106,15 +102,17 @@ class Settings(pydantic.BaseModel):
 
     def origin(self, key: str) -> str:
         """Return where ``key`` (``limits.load_s``, ``backends.ollama``) came from."""
-        return _origin(key, self._origins)
-
-    def explain(self, error: pydantic.ValidationError, prefix: str, model: type[pydantic.BaseModel]) -> ConfigError:
-        """Turn what a backend's own ``model`` complains of into an error that names key and origin."""
-        return _explain(error, self._origins, [prefix + name for name in model.model_fields], prefix)
+        return origin_of(key, self.origins)
 
     def listed(self) -> Iterator[tuple[str, object]]:
         """Yield every setting with its value, nested ones by their dotted keys."""
-        yield from _leaves(self.model_dump())
+        values = dataclasses.asdict(self)
+        del values["origins"]
+        yield from _leaves(values)
+
+
+KEYS = tuple(key.name for key in dataclasses.fields(Settings) if key.name != "origins")
+_KNOWN = (*KEYS, *(f"limits.{key.name}" for key in dataclasses.fields(LimitSettings)))
 
 
 def user_file() -> Path:
@@ -139,16 +137,14 @@ def load_settings(arguments: Mapping[str, object], *, file: Path | None = None, 
         _merge(values, layer.values)
         for key, _ in _leaves(layer.values):
             origins[key] = layer.origin(key)
-    known = [*Settings.model_fields, *(f"limits.{name}" for name in LimitSettings.model_fields)]
     for key in values:
-        if key not in Settings.model_fields:  # pydantic-settings would take _env_file and Model for something else
-            raise _unknown(key, origins, known)
-    try:
-        settings = Settings(**values)  # type: ignore[arg-type]  # what the values are is for pydantic to check
-    except pydantic.ValidationError as error:
-        raise _explain(error, origins, known) from None
-    settings._origins.update(origins)  # noqa: SLF001 - this module's own
-    return settings
+        if key not in KEYS:
+            raise unknown_key(key, origins, _KNOWN)
+    if not values:
+        return Settings()
+    from tars_core import validation  # noqa: PLC0415 - imports pydantic
+
+    return dataclasses.replace(validation.checked(values, origins, _KNOWN), origins=origins)
 
 
 class _Layer(NamedTuple):
@@ -204,7 +200,7 @@ def _with_use(values: dict[str, object], variables: Mapping[str, str | None]) ->
         name = variable.upper().removeprefix(_ENV_USE)
         if name != variable.upper() and not name.startswith("_"):
             use[name.lower()] = value
-    return _use_by_plain_name({**values, "use": use} if use else values)
+    return _in_one_form({**values, "use": use} if use else values)
 
 
 def _toml(path: Path, *table: str) -> _Layer:
@@ -218,7 +214,7 @@ def _toml(path: Path, *table: str) -> _Layer:
     for name in table:
         values = values.get(name, {}) if isinstance(values, dict) else {}
     place = f"{path} [{'.'.join(table)}]" if table else str(path)
-    return _Layer(place, _use_by_plain_name(dict(values) if isinstance(values, dict) else {}))
+    return _Layer(place, _in_one_form(dict(values) if isinstance(values, dict) else {}))
 
 
 def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
@@ -230,13 +226,20 @@ def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     if use:
         given = values.get("use")
         values["use"] = {**(given if isinstance(given, Mapping) else {}), **use}
-    return _use_by_plain_name(values)
+    return _in_one_form(values)
 
 
-def _use_by_plain_name(values: dict[str, object]) -> dict[str, object]:
-    use = values.get("use")
+def _in_one_form(values: dict[str, object]) -> dict[str, object]:
+    """Bring what may be written in several ways into one: names between commas, a single reference, ``llama_cpp``."""
+    use, prefer, plugins, models = (values.get(key) for key in ("use", "prefer", "plugins", "models"))
     if isinstance(use, Mapping):
         values["use"] = {plain_name(str(name)): value for name, value in use.items()}
+    if isinstance(prefer, str):
+        values["prefer"] = tuple(name.strip() for name in prefer.split(",") if name.strip())
+    if isinstance(plugins, list | tuple):
+        values["plugins"] = ",".join(map(str, plugins))
+    if isinstance(models, Mapping):
+        values["models"] = {name: (refs,) if isinstance(refs, str) else refs for name, refs in models.items()}
     return values
 
 
@@ -273,7 +276,7 @@ def _ours(names: Iterable[str]) -> frozenset[str]:
 
 
 def _check_variables(names: frozenset[str]) -> None:
-    known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
+    known = [ENV_PREFIX + key.upper() for key in KEYS]
     for name in sorted(names):
         stem = name.partition(NESTED)[0]
         if stem in known or name.startswith(_ENV_USE):
@@ -288,25 +291,15 @@ def _check_variables(names: frozenset[str]) -> None:
         _log.info("the environment variable %s is no setting of TARS", name)
 
 
-def _explain(
-    error: pydantic.ValidationError, origins: Mapping[str, str], known: list[str], prefix: str = ""
-) -> ConfigError:
-    """Turn the first of pydantic's complaints into one line: key, origin, value, and what it should be."""
-    first = error.errors(include_url=False)[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(key, origins, known)
-    message = first["msg"].removeprefix("Input ")
-    return ConfigError(f"setting {key} ({_origin(key, origins)}): {first['input']!r:.60} {message}")
-
-
-def _unknown(key: str, origins: Mapping[str, str], known: list[str]) -> ConfigError:
+def unknown_key(key: str, origins: Mapping[str, str], known: Sequence[str]) -> ConfigError:
+    """Return the error for ``key``, with the nearest of the ``known`` ones."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    return ConfigError(f"unknown setting {key} ({_origin(key, origins)})", hint=hint)
+    return ConfigError(f"unknown setting {key} ({origin_of(key, origins)})", hint=hint)
 
 
-def _origin(key: str, origins: Mapping[str, str]) -> str:
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Return where ``key`` came from; a key inside a table is where the table is, and the other way round."""
     for known, origin in origins.items():
         if known.startswith(key + "."):
             return origin

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
+import pydantic
 import pydantic_settings
 
 from tars_core.errors import ConfigError
-from tars_core.settings import ENV_PREFIX, NESTED, Settings
+from tars_core.settings import ENV_PREFIX, KEYS, NESTED, Settings
+
+_types = get_type_hints(Settings)
+# Names between commas, not JSON; the settings split them.
+_types["prefer"] = Annotated[tuple[str, ...], pydantic_settings.NoDecode]
 
 
-class _Variables(Settings, pydantic_settings.BaseSettings):
-    """The settings, in the form pydantic-settings can fill from variables."""
-
+class _Base(pydantic_settings.BaseSettings):
     model_config = pydantic_settings.SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter=NESTED)
 
-    prefer: Annotated[tuple[str, ...], pydantic_settings.NoDecode] = ()
-    """Names between commas, not JSON; the settings split them."""
+
+_Variables = pydantic.create_model(  # type: ignore[call-overload]  # of a dict mypy does not see that the keys fit
+    "_Variables", __base__=_Base, **{key: (_types[key], None) for key in KEYS}
+)
 
 
 def from_environment() -> dict[str, object]:
@@ -36,7 +41,7 @@ def from_dotenv(file: Path) -> tuple[dict[str, object], Mapping[str, str | None]
         source = pydantic_settings.DotEnvSettingsSource(_Variables, env_file=file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    values = {key: value for key, value in _read(source).items() if key in Settings.model_fields}
+    values = {key: value for key, value in _read(source).items() if key in KEYS}
     return values, source.env_vars
 
 

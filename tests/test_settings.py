@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tars_core.errors import ConfigError
-from tars_core.settings import Settings, load_settings, user_file
+from tars_core.settings import KEYS, Settings, load_settings, user_file
 
 WriteUserFile = Callable[[str | bytes], Path]
 
@@ -175,7 +178,7 @@ def test_an_unknown_argument_is_named_with_the_nearest_known_one(key: str, neare
 def test_an_unknown_key_like_none_is_answered_with_all_there_are() -> None:
     hint = refusal({"quux": "x"}).hint or ""
     assert hint.startswith("known: ")
-    assert set(Settings.model_fields) <= set(hint.removeprefix("known: ").split(", "))
+    assert set(KEYS) <= set(hint.removeprefix("known: ").split(", "))
 
 
 def test_an_unknown_key_in_a_file_is_named_with_the_file(write_user_file: WriteUserFile, tmp_path: Path) -> None:
@@ -208,7 +211,7 @@ def test_another_programs_variable_is_left_alone(monkeypatch: pytest.MonkeyPatch
     assert load() == Settings()
 
 
-@pytest.mark.parametrize("key", ["_env_file", "_cli_parse_args", "_case_sensitive", "_secrets_dir", "_origins"])
+@pytest.mark.parametrize("key", ["_env_file", "_cli_parse_args", "_case_sensitive", "_secrets_dir", "origins"])
 def test_the_options_of_the_library_underneath_are_no_settings(key: str) -> None:
     assert f"unknown setting {key}" in refusal({key: True}).message
 
@@ -233,7 +236,8 @@ def test_the_options_of_the_library_underneath_are_no_settings(key: str) -> None
         ("allow_download", "perhaps"),
         ("model", 5),
         ("models", ["a"]),
-        ("models", {"tars": "a.gguf"}),
+        ("models", {"tars": 5}),
+        ("plugins", 5),
         ("use", {"ollama": "perhaps"}),
         ("prefer", 5),
         ("limits", 5),
@@ -311,10 +315,26 @@ def test_a_file_the_caller_names_must_exist(tmp_path: Path) -> None:
 
 def test_settings_cannot_be_changed_afterwards() -> None:
     settings = load()
-    with pytest.raises(ValueError, match="frozen"):
-        settings.threads = 2
-    with pytest.raises(ValueError, match="frozen"):
-        settings.limits.load_s = 2
+    with pytest.raises(AttributeError, match="cannot assign"):
+        settings.threads = 2  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="cannot assign"):
+        settings.limits.load_s = 2  # type: ignore[misc]
+
+
+def test_an_alias_of_one_reference_needs_no_list_and_plugins_may_be_one(write_user_file: WriteUserFile) -> None:
+    write_user_file("plugins = ['llamacpp', '-ollama']\n[models]\nmine = 'a.gguf'")
+    settings = load()
+    assert settings.models == {"mine": ("a.gguf",)}
+    assert settings.plugins == "llamacpp,-ollama"
+
+
+def test_who_sets_nothing_does_not_pay_for_importing_pydantic() -> None:
+    script = (
+        "import sys; from tars_core.settings import load_settings; load_settings({}); print('pydantic' in sys.modules)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TARS_")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_variable_may_forbid_a_backend_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 
@@ -50,7 +51,7 @@ def benchmark(settings: Settings, *, as_json: bool) -> None:
 
 
 def _measure(settings: Settings, backend: str) -> Measured:
-    only = settings.model_copy(update={"backend": backend})
+    only = dataclasses.replace(settings, backend=backend)
     with InferenceEngine(only) as engine:
         try:
             cold = _ask(engine)[0]
