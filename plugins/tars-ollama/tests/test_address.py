@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tars_ollama.address import Address
+from tars_ollama.client import Client
 
 
 @pytest.mark.parametrize(
@@ -76,3 +77,12 @@ def test_a_setting_goes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -> 
     assert Address.find("5.6.7.8").host == "5.6.7.8"
     monkeypatch.delenv("OLLAMA_HOST")
     assert Address.find(None) == Address()
+
+
+@pytest.mark.parametrize(
+    ("address", "sent"),
+    [("http://far.example", None), ("https://far.example", "Bearer sesame"), ("localhost:1", "Bearer sesame")],
+)
+def test_the_key_goes_over_no_network_in_clear(address: str, sent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", "sesame")
+    assert Client(Address.parse(address))._client.headers.get("authorization") == sent

@@ -365,6 +365,15 @@ def test_two_names_of_one_model_are_known_for_the_same(one: str, other: str, sam
     assert (wire.canonical(one) == wire.canonical(other)) is same
 
 
+def test_the_key_goes_to_this_machine_with_every_question(
+    daemon: StandIn, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_API_KEY", "sesame")
+    daemon.on("answer", "generate-stream")
+    _ask(make_engine())
+    assert {request.headers.get("authorization") for request in daemon.received} == {"Bearer sesame"}
+
+
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1", "nonsense://x:y"])
 def test_proxies_stand_between_nobody_and_the_daemon(
     daemon: StandIn, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, proxy: str

@@ -53,6 +53,11 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
     @property
+    def private(self) -> bool:
+        """Whether nobody else reads what is sent there, such as a key."""
+        return self.scheme == "https" or self.loopback
+
+    @property
     def loopback(self) -> bool:
         """Whether it is this machine."""
         try:

@@ -7,6 +7,7 @@ thread that is left behind when the time is up, and whose socket is closed then.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -94,6 +95,8 @@ class _Question:
             connection.sock = self._socket if self._address.scheme == "http" else self._encrypted(self._socket)
             body = None if self._body is None else msgspec.json.encode(self._body)
             headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if body else {})
+            if self._address.private and (key := os.environ.get("OLLAMA_API_KEY")):
+                headers["Authorization"] = f"Bearer {key}"  # as the ollama package sends it
             connection.request("GET" if body is None else "POST", self._path, body, headers)
             response = connection.getresponse()
             data = response.read(MAX_BODY + 1)

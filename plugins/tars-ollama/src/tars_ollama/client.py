@@ -1,8 +1,9 @@
-"""A thin layer on httpx for the daemon's API. What the ``ollama`` package's client gets wrong, see docs/decisions."""
+"""The ``ollama`` package's client, with a thin layer of our own for what it gets wrong: see docs/decisions, 0007."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
@@ -11,7 +12,17 @@ import msgspec
 
 from tars_ollama.address import Address
 from tars_ollama.ask import MAX_BODY
-from tars_ollama.failures import Fault, read_fault
+from tars_ollama.failures import Fault, read_fault, told
+
+# Importing the package makes a client, which fails on a proxy variable that httpx cannot use.
+_no_proxy = os.environ.get("no_proxy")
+os.environ["no_proxy"] = "*"
+try:
+    import ollama
+finally:
+    del os.environ["no_proxy"]
+    if _no_proxy is not None:
+        os.environ["no_proxy"] = _no_proxy
 
 _MAX_LINE = 16 * 2**20
 _ERRORS = 400
@@ -22,26 +33,32 @@ _REDIRECTS = 300
 _TIMEOUT = httpx.Timeout(3600.0, connect=10.0, write=60.0)
 
 
-class Client:
-    """One connection pool to one daemon. Raises :class:`~tars_ollama.failures.Fault` for whatever goes wrong.
+class Client(ollama.AsyncClient):
+    """One connection pool to one daemon.
+
+    ``whole`` and ``lines`` raise :class:`~tars_ollama.failures.Fault` for whatever goes wrong; what the package's own
+    methods raise is one inside :func:`mapped`.
 
     Cancelling a task that waits here closes its connection: that is how Ollama is told to stop.
     """
 
     def __init__(self, address: Address) -> None:
-        with _mapped():
-            self._http = httpx.AsyncClient(
-                base_url=address.url,
+        with mapped():
+            super().__init__(
+                address.url,
+                follow_redirects=False,
                 timeout=_TIMEOUT,
-                limits=httpx.Limits(max_connections=None),
                 headers={"Accept-Encoding": "identity"},
+                limits=httpx.Limits(max_connections=None),
                 trust_env=False,  # no proxy stands between a program and its daemon, and no .netrc is meant for it
                 verify=ssl.create_default_context() if address.scheme == "https" else False,
             )
+        if not address.private:
+            self._client.headers.pop("Authorization", None)
 
     async def close(self) -> None:
         """Close the pool."""
-        await self._http.aclose()
+        await self._client.aclose()  # the package's own method is not typed
 
     async def whole(self, path: str, body: object = None) -> bytes:
         """Return the body of the answer to a GET, or with ``body`` to a POST."""
@@ -60,15 +77,10 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def _sent(self, path: str, body: object) -> AsyncIterator[httpx.Response]:
-        with _mapped():
+        with mapped():
             content = None if body is None else msgspec.json.encode(body)
-            request = self._http.build_request(
-                "GET" if body is None else "POST",
-                path,
-                content=content,
-                headers=None if body is None else {"Content-Type": "application/json"},
-            )
-            response = await self._http.send(request, stream=True)
+            request = self._client.build_request("GET" if body is None else "POST", path, content=content)
+            response = await self._client.send(request, stream=True)
             try:
                 if response.status_code >= _ERRORS:
                     retry_after = response.headers.get("retry-after")
@@ -115,13 +127,17 @@ class LineSplitter:
 
 
 @contextlib.contextmanager
-def _mapped() -> Iterator[None]:
-    """Turn what httpx raises, inside a stream too, into a :class:`Fault`."""
+def mapped() -> Iterator[None]:
+    """Turn what httpx and the package raise, inside a stream too, into a :class:`Fault`."""
     try:
         yield
+    except ollama.ResponseError as error:
+        raise told(error.error, status=max(error.status_code, 200)) from error  # it gives -1 within a stream
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise Fault(str(error) or "no connection", refused=True) from error
     except httpx.TimeoutException as error:
         raise Fault(f"it fell silent ({type(error).__name__})") from error
+    except (AttributeError, TypeError) as error:  # the package, on an error that is no text, or no object around one
+        raise Fault(f"it sent what is no answer: {error}", status=200) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
         raise Fault(f"the connection broke: {str(error) or type(error).__name__}") from error

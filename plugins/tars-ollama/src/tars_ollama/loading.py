@@ -15,7 +15,7 @@ from tars_core.plugin import GenerationFailed, LoadFailed, LoadOptions, ModelNot
 from tars_core.sources import gguf
 from tars_core.templates import ChatTemplate
 from tars_ollama import store, wire
-from tars_ollama.client import Client
+from tars_ollama.client import Client, mapped
 from tars_ollama.failures import Fault, told
 from tars_ollama.settings import OllamaSettings
 
@@ -115,16 +115,13 @@ class Loader:
             return wire.decode(await self._client.whole("/api/show", {"model": self._name}), wire.Show)
 
     async def _pull(self) -> None:
-        with self._mapped():
-            async with contextlib.aclosing(self._client.lines("/api/pull", {"model": self._name})) as lines:
-                line = wire.Pull()
-                async for data in lines:
-                    line = wire.decode(data, wire.Pull)
-                    if line.error is not None:
-                        raise told(line.error, status=200)
-                    self._progress(line.completed / line.total if line.total else 0.0, line.status)
-            if line.status != "success":  # the only sign of one; the HTTP status is none
-                raise LoadFailed(f"ollama pull {self._name} ended with {line.status!r}")
+        status = None
+        with self._mapped(), mapped():
+            async for part in await self._client.pull(self._name, stream=True):
+                status = part.status
+                self._progress((part.completed or 0) / part.total if part.total else 0.0, status or "")
+        if status != "success":  # the only sign of one; the HTTP status is none
+            raise LoadFailed(f"ollama pull {self._name} ended with {status!r}")
 
     async def _context_in_use(self) -> int | None:
         """Return the context that somebody loaded the model with: another one would load it anew, in turns."""

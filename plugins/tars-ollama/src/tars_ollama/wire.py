@@ -49,15 +49,6 @@ class Chunk(msgspec.Struct):
         return bool(self.thinking or (self.message and self.message.thinking))
 
 
-class Pull(msgspec.Struct):
-    """A line of ``/api/pull``."""
-
-    status: str = ""
-    total: int = 0
-    completed: int = 0
-    error: object = None
-
-
 class Listed(msgspec.Struct):
     """A model in ``/api/tags`` or ``/api/ps``."""
 
