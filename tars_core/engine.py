@@ -48,7 +48,7 @@ class Sampling(TypedDict, total=False):
     min_p: float
     repeat_penalty: float
     max_tokens: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     seed: int | None
 
 

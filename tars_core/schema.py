@@ -102,9 +102,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_whole("max_tokens", self.max_tokens, 1, 2**63 - 1)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, 2**32 - 1)
-        if isinstance(self.stop, str) or not isinstance(self.stop, Iterable):
-            raise errors.RequestError(f"stop must be a list of strings, not {self.stop!r:.40}")
-        stop = tuple(self.stop)
+        if not isinstance(self.stop, Iterable):
+            raise errors.RequestError(f"stop must be a string or a list of them, not {self.stop!r:.40}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for text in stop:
             check_text("stop", text)
             if not text:

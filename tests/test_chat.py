@@ -175,6 +175,33 @@ def test_over_a_pipe_each_line_is_a_turn_and_stdout_holds_the_answers_alone(writ
     assert (done.returncode, done.stdout, done.stderr) == (0, "u=one;\nu=one;a=u=one;;u=two;\n", "")
 
 
+def test_over_a_pipe_a_turn_that_was_not_answered_shows_in_the_exit_code(
+    write_script: WriteScript, tmp_path: Path
+) -> None:
+    script = BackendScript(generate=(Kill(once=str(tmp_path / "died")), Echo(), Finish()), chat_template=TURNS)
+    done = subprocess.run(
+        [sys.executable, "-m", "tars_core.cli", "chat", "-m", write_script(alpha=script)],
+        input="one\ntwo\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TARS_PLUGINS": "alpha"},
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "u=two;\n")
+
+
+def test_the_loading_bar_leaves_the_prompt_alone_once_nobody_waits(chat: Callable[[BackendScript], Terminal]) -> None:
+    terminal = chat(BackendScript(load=(Wait(2, deaf=True),)))
+    terminal.type("tell me\r")
+    terminal.expect("reading the script")
+    terminal.type("\x03")
+    terminal.expect(r"\(stopped\)")
+    terminal.expect("> ")
+    with pytest.raises(AssertionError):
+        terminal.expect(".", seconds=3)
+
+
 def test_the_terminal_is_as_it_was_when_the_program_is_ended_from_outside(
     chat: Callable[[BackendScript], Terminal],
 ) -> None:

@@ -65,6 +65,15 @@ def test_json_gives_the_whole_result(write_script: WriteScript) -> None:
     assert result["model"].startswith("fake:")
 
 
+def test_json_of_an_answer_that_broke_off_holds_what_there_was(write_script: WriteScript) -> None:
+    broken = BackendScript(generate=(Say("so far"), Kill()))
+    done = tars("run", "hi", "--json", "-m", write_script(alpha=broken))
+    assert done.returncode == 1
+    result = json.loads(done.stdout)
+    assert (result["backend"], result["partial_text"]) == ("alpha", "so far")
+    assert "SIGKILL" in result["error"]
+
+
 def test_the_line_below_says_who_failed_before(write_script: WriteScript) -> None:
     done = tars("run", "hi", "-m", write_script(alpha=BackendScript(generate=(Kill(),)), beta=BackendScript()))
     assert done.returncode == 0

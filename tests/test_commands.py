@@ -130,6 +130,11 @@ def test_benchmark_measures_each_backend_and_ranking_follows(write_script: Write
     assert any("measured" in reason for reason in after["candidates"][0]["reasons"])
 
 
+def test_benchmark_fails_where_no_backend_answers(write_script: WriteScript) -> None:
+    broken = BackendScript(generate=(Raise("GenerationFailed", "no"),))
+    assert "failed" in tars("benchmark", write_script(alpha=broken), code=1).stdout
+
+
 def test_benchmark_draws_a_table_and_names_what_failed(write_script: WriteScript) -> None:
     broken = BackendScript(load=(Raise("LoadFailed", "no such symbol"),))
     done = tars("benchmark", write_script(alpha=BackendScript(), beta=broken))

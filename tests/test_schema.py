@@ -151,10 +151,14 @@ def test_25_any_number_is_either_within_its_range_or_a_request_error(name: str, 
         assert low <= getattr(params, name) <= high
 
 
-@pytest.mark.parametrize("stop", ["User:", None, 5, [5], [b"x"], [None], ["a", 1.5]])
-def test_a_stop_that_is_no_list_of_strings_is_refused(stop: object) -> None:
+@pytest.mark.parametrize("stop", [None, 5, [5], [b"x"], [None], ["a", 1.5]])
+def test_a_stop_that_is_neither_a_string_nor_a_list_of_them_is_refused(stop: object) -> None:
     with pytest.raises(RequestError, match=r"^stop must be "):
         sampling(stop=stop)
+
+
+def test_a_single_stop_string_needs_no_list() -> None:
+    assert sampling(stop="User:").stop == ("User:",)
 
 
 def test_an_empty_stop_string_is_refused_with_the_reason() -> None:

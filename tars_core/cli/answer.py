@@ -9,7 +9,7 @@ import click
 
 from tars_core.cli import output
 from tars_core.cli.plain import dump
-from tars_core.errors import RequestError
+from tars_core.errors import RequestError, StreamInterrupted
 from tars_core.events import Finished, Started, TextDelta
 from tars_core.schema import Completion
 
@@ -31,8 +31,12 @@ def piped_prompt() -> str:
 
 
 def as_json(engine: InferenceEngine, prompt: str, system: str | None, sampling: Sampling) -> None:
-    """Print the whole result as one JSON object."""
-    output.write(dump(engine.complete(prompt, system, **sampling)))
+    """Print the whole result as one JSON object; of an answer that broke off, what there was of it."""
+    try:
+        output.write(dump(engine.complete(prompt, system, **sampling)))
+    except StreamInterrupted as error:
+        output.write(dump({"error": error.message, "backend": error.backend, "partial_text": error.partial_text}))
+        raise
 
 
 def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling: Sampling, *, quiet: bool) -> None:

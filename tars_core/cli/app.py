@@ -17,6 +17,7 @@ from tars_core._version import __version__
 from tars_core.cli import output
 
 if TYPE_CHECKING:
+    from tars_core.cli.progress import LoadBar
     from tars_core.engine import InferenceEngine, Sampling
     from tars_core.settings import Settings
 
@@ -28,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., object])
 def run(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code. Errors of TARS and of the command line are printed here."""
     try:
-        cli.main(list(arguments), prog_name="tars", standalone_mode=False)
+        code: int | None = cli.main(list(arguments), prog_name="tars", standalone_mode=False)
     except errors.TarsError as error:
         click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True, color=_colour())
         return _exit_code(error)
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    return 0
+    return code or 0
 
 
 def _colour() -> bool | None:
@@ -114,9 +115,10 @@ def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
 ) -> None:
     """Answer PROMPT; without one, or with -, what is piped in."""
     from tars_core.cli import answer  # noqa: PLC0415 - each command imports what it needs
+    from tars_core.cli.progress import LoadBar  # noqa: PLC0415
 
     text = answer.piped_prompt() if prompt is None or prompt == "-" else prompt
-    with _engine(model, backend, quiet=quiet) as engine:
+    with LoadBar(shown=not quiet) as bar, _engine(model, backend, bar) as engine:
         sampling = _sampling(max_tokens, temperature, seed)
         if as_json:
             answer.as_json(engine, text, system, sampling)
@@ -136,9 +138,13 @@ def chat_command(  # noqa: PLR0913, PLR0917 - one parameter an option
 ) -> None:
     """Talk, turn by turn; /help says what else."""
     from tars_core.cli import chat  # noqa: PLC0415
+    from tars_core.cli.progress import LoadBar  # noqa: PLC0415
 
-    with _engine(model, backend) as engine:
-        chat.Conversation(engine, system, _sampling(max_tokens, temperature, seed)).run()
+    bar = LoadBar(shown=True)
+    with _engine(model, backend, bar) as engine:
+        talked = chat.Conversation(engine, bar, system, _sampling(max_tokens, temperature, seed)).run()
+    if not talked and not sys.stdin.isatty():
+        click.get_current_context().exit(_FAILED)
 
 
 @cli.command("backends")
@@ -183,7 +189,8 @@ def benchmark_command(model: str | None, backend: str | None, *, as_json: bool) 
     from tars_core.cli import measure  # noqa: PLC0415
 
     output.claim_stdout()
-    measure.benchmark(_settings(model, backend), as_json=as_json)
+    if not measure.benchmark(_settings(model, backend), as_json=as_json):
+        click.get_current_context().exit(_FAILED)
 
 
 @cli.command("doctor")
@@ -236,10 +243,9 @@ def _settings(model: str | None, backend: str | None) -> Settings:
 
 
 @contextmanager
-def _engine(model: str | None, backend: str | None, *, quiet: bool = False) -> Iterator[InferenceEngine]:
-    from tars_core.cli.progress import LoadBar  # noqa: PLC0415
+def _engine(model: str | None, backend: str | None, bar: LoadBar | None = None) -> Iterator[InferenceEngine]:
     from tars_core.engine import InferenceEngine  # noqa: PLC0415
 
     output.claim_stdout()
-    with LoadBar(shown=not quiet) as bar, InferenceEngine(_settings(model, backend), on_load=bar.update) as engine:
+    with InferenceEngine(_settings(model, backend), on_load=bar.update if bar is not None else None) as engine:
         yield engine

@@ -19,6 +19,7 @@ from tars_core.events import Finished, Started, TextDelta
 from tars_core.schema import Message, SamplingParams
 
 if TYPE_CHECKING:
+    from tars_core.cli.progress import LoadBar
     from tars_core.engine import InferenceEngine, Sampling
 
 _PROMPT = "> "
@@ -36,16 +37,21 @@ Ctrl-C stops an answer; what was said so far stays part of the conversation.
 class Conversation:
     """The turns so far, and the loop that asks for more."""
 
-    def __init__(self, engine: InferenceEngine, system: str | None, sampling: Sampling) -> None:
+    def __init__(self, engine: InferenceEngine, bar: LoadBar, system: str | None, sampling: Sampling) -> None:
         self._engine = engine
+        self._bar = bar
         self._sampling = sampling
+        self._failed = False
         self._interactive = sys.stdin.isatty()
         self._stats = "nothing was answered yet"
         self._turns: list[Message] = []
         self._begin(system)
 
-    def run(self) -> None:
-        """Ask and answer until the end of the input, or ``/quit``. What cannot work at all is said before."""
+    def run(self) -> bool:
+        """Ask and answer until the end of the input, or ``/quit``; say whether every turn was answered.
+
+        What cannot work at all is said before.
+        """
         gc.enable()  # see main(): a conversation lasts
         SamplingParams(**self._sampling)  # type: ignore[arg-type]  # raises; the values are the command line's
         self._engine.plan()
@@ -55,9 +61,11 @@ class Conversation:
             while (line := self._read()) is not None:
                 if line.startswith("/"):
                     if not self._command(line):
-                        return
+                        break
                 elif line.strip():
-                    self._answer(line)
+                    with self._bar:
+                        self._answer(line)
+        return not self._failed
 
     def _begin(self, system: str | None) -> None:
         self._turns = [Message(role="system", content=system)] if system else []
@@ -109,8 +117,10 @@ class Conversation:
         except KeyboardInterrupt:
             click.secho("  (stopped)", err=True, dim=True)
         except ContextLengthExceeded as error:
+            self._failed = True
             click.secho(f"{error.message}; /new begins anew", err=True, fg="red")
         except (RequestError, StreamInterrupted, AllBackendsFailed) as error:
+            self._failed = True
             click.secho(f"\n{error}" if said else str(error), err=True, fg="red")
         if said:
             output.write("\n")

@@ -34,8 +34,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-def benchmark(settings: Settings, *, as_json: bool) -> None:
-    """Measure, print a table or JSON, and keep the speeds for ranking."""
+def benchmark(settings: Settings, *, as_json: bool) -> bool:
+    """Measure, print a table or JSON, and keep the speeds for ranking; say whether any backend answered."""
     with InferenceEngine(settings) as engine:
         decision = engine.plan()
     names = list(dict.fromkeys(candidate.backend for candidate in decision.candidates))
@@ -48,6 +48,7 @@ def benchmark(settings: Settings, *, as_json: bool) -> None:
         output.write(dump({"model": decision.model, "tokens": _TOKENS, "backends": measured}))
     else:
         _table(decision.model, measured)
+    return any(m.error is None for m in measured)
 
 
 def _measure(settings: Settings, backend: str) -> Measured:

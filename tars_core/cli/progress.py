@@ -14,10 +14,11 @@ _WIDTH = 24
 
 
 class LoadBar:
-    """Drawn by :meth:`update` on the engine's thread; wiped before anything else is printed, by :meth:`wipe`."""
+    """Drawn by :meth:`update` on the engine's thread, while somebody waits: inside the ``with`` statement."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown and sys.stderr.isatty()
+        self._awaited = False
         self._drawn = False
         self._lock = threading.Lock()
 
@@ -28,20 +29,20 @@ class LoadBar:
         filled = round(_WIDTH * fraction)
         line = f"{backend} [{'#' * filled}{'.' * (_WIDTH - filled)}] {fraction:4.0%} {note}"
         with self._lock:
+            if not self._awaited:
+                return
             sys.stderr.write("\r\x1b[K" + ("" if fraction >= 1 else line[: shutil.get_terminal_size().columns - 1]))
             sys.stderr.flush()
             self._drawn = fraction < 1
 
-    def wipe(self) -> None:
-        """Clear the line, if there is one."""
+    def __enter__(self) -> Self:
+        self._awaited = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
         with self._lock:
+            self._awaited = False
             if self._drawn:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
                 self._drawn = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wipe()
