@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -196,6 +197,12 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     allow_download: bool = False
     backend_settings: str = "{}"
     """The backend's own settings, ``[backends.NAME]``, as JSON that its ``tars_settings`` model has accepted."""
+
+    @property
+    def cpu_threads(self) -> int:
+        """``threads``, else half of the processors this process may use: two of them are mostly one core."""
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or max(1, usable // 2)
 
 
 class OfferedModel(msgspec.Struct, frozen=True, kw_only=True):

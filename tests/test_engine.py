@@ -287,3 +287,12 @@ def test_a_program_may_end_without_closing_its_engine(write_script: Callable[...
     model = write_script(alpha=BackendScript())
     done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
+
+
+def test_who_asked_for_a_gpu_is_told_that_the_model_runs_on_the_cpu(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_engine(options={"device": "gpu"}, alpha=BackendScript(device="cuda0"), beta=BackendScript()).generate("hi")
+    assert "CPU" not in caplog.text
+    make_engine(options={"device": "gpu"}, alpha=BackendScript()).generate("hi")
+    assert "alpha runs on the CPU, not on a GPU" in caplog.text

@@ -42,7 +42,7 @@ def load(path: Path, options: LoadOptions, progress: ProgressCallback, cancel: C
     params = llama_cpp.llama_context_default_params()
     params.n_batch = params.n_ubatch = piece + slots
     params.n_seq_max = params.n_outputs_max = slots
-    params.n_threads = params.n_threads_batch = options.threads or max(1, _cores() // 2)
+    params.n_threads = params.n_threads_batch = options.cpu_threads
     params.kv_unified = True  # else sharing a part of a sequence aborts the process
     try:
         context, context_length = _new_context(path, model, params, fitting)
@@ -121,10 +121,6 @@ def _warm_up(context: Context, path: Path) -> bool:
     divisible = context.drop(0, 1)
     context.clear()
     return divisible
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _used_device() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ def load(
 ) -> TransformersModel:
     """Load ``folder``. Raises ``LoadFailed`` with transformers' own words, or ``OutOfMemory``."""
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(options.threads or max(1, _cores() // 2))
+    torch.set_num_threads(options.cpu_threads)
     devices = _devices(options)
     try:
         progress(0.4, f"reading the tokenizer of {folder.name}")
@@ -148,7 +147,3 @@ def _out_of_memory(folder: Path, error: BaseException) -> OutOfMemory:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "it does not say why")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -244,7 +244,6 @@ def _request_error(error: _Error) -> Exception:
 
 
 def _params(path: Path, options: LoadOptions, *, context: int, socket: Path) -> xllamacpp.CommonParams:
-    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // 2)
     own = XLlamaCppSettings.model_validate_json(options.backend_settings)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -253,7 +252,7 @@ def _params(path: Path, options: LoadOptions, *, context: int, socket: Path) -> 
     params.kv_unified = False
     params.n_ctx = context * options.concurrency
     params.n_batch = params.n_ubatch = own.batch
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.cpu_threads
     params.cache_ram_mib = own.prompt_cache_mib
     params.n_gpu_layers = 0 if options.device == "cpu" else -1 if options.gpu_layers is None else options.gpu_layers
     params.fit_params = False
