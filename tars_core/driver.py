@@ -222,9 +222,7 @@ class Driver:
             await worker.close()
             raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")
         if self.settings.device == "gpu" and loaded.device == "cpu":
-            _log.warning(
-                "%s runs on the CPU, not on a GPU; require_device='gpu' forbids it", candidate.backend
-            )
+            _log.warning("%s runs on the CPU, not on a GPU; require_device='gpu' forbids it", candidate.backend)
         place.worker = worker
         return worker
 

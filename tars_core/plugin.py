@@ -15,6 +15,7 @@ from tars_core.errors import (
 from tars_core.events import BackendEvent, Progress, TextDelta
 from tars_core.events import BackendFinished as Finished
 from tars_core.hookspecs import BatchedModel, CancelFlag, LoadedModel, ProgressCallback, hookimpl
+from tars_core.reports import Report, Reports
 from tars_core.schema import (
     FinishReason,
     GenerateRequest,
@@ -50,6 +51,8 @@ __all__ = [
     "ProbeReport",
     "Progress",
     "ProgressCallback",
+    "Report",
+    "Reports",
     "RequestError",
     "SamplingParams",
     "StopFilter",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from tars_core.errors import LoadFailed
+from tars_core.schema import ProbeReport
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -94,6 +95,29 @@ def is_gguf(path: Path) -> bool:
             return file.read(len(_MAGIC)) == _MAGIC
     except OSError:
         return False  # a folder, or nothing there: no GGUF
+
+
+def probe(path: Path, *, device: str, overhead_bytes: int, concurrency: int, preference: int) -> ProbeReport:
+    """Report on ``path`` for a backend that runs GGUF files: what its header tells, or why it cannot be run.
+
+    ``overhead_bytes`` are what the backend needs beside the weights.
+    """
+    try:
+        header = read_header(path)
+    except LoadFailed as error:
+        return ProbeReport(available=False, reason=error.message, hint=error.hint)
+    except OSError as error:
+        return ProbeReport(available=False, reason=f"{path} cannot be read: {error.strerror}")
+    return ProbeReport(
+        available=True,
+        device=device,
+        # Of the machine's memory; a GPU has its own, which only the runtime can ask for.
+        memory_bytes=header.tensor_bytes + overhead_bytes if device == "cpu" else None,
+        weights_id=header.weights_id,
+        context_length=header.context_length,
+        concurrency=concurrency,
+        preference=preference,
+    )
 
 
 def read_header(path: Path) -> GGUFHeader:

@@ -44,21 +44,8 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         )
     if path is None:
         return ProbeReport(available=True, device=device)
-    try:
-        header = gguf.read_header(path)
-    except LoadFailed as error:
-        return ProbeReport(available=False, reason=error.message, hint=error.hint)
-    except OSError as error:
-        return ProbeReport(available=False, reason=f"{path} cannot be read: {error.strerror}")
-    return ProbeReport(
-        available=True,
-        device=device,
-        # Of the machine's memory; a GPU has its own, which only the runtime can ask for.
-        memory_bytes=header.tensor_bytes + _OVERHEAD_BYTES if device == _CPU else None,
-        weights_id=header.weights_id,
-        context_length=header.context_length,
-        concurrency=_CONCURRENCY,
-        preference=_PREFERENCE,
+    return gguf.probe(
+        path, device=device, overhead_bytes=_OVERHEAD_BYTES, concurrency=_CONCURRENCY, preference=_PREFERENCE
     )
 
 

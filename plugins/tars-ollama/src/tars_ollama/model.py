@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
-import queue
 from collections.abc import Sequence
 from functools import partial
 
 import msgspec
 
 from tars_core.plugin import (
-    BackendEvent,
     CancelFlag,
     ContextLengthExceeded,
     Finished,
@@ -22,6 +19,8 @@ from tars_core.plugin import (
     LoadFailed,
     LoadOptions,
     ProgressCallback,
+    Report,
+    Reports,
 )
 from tars_ollama.address import Address
 from tars_ollama.answer import Answer
@@ -32,8 +31,6 @@ from tars_ollama.loop import LoopThread
 from tars_ollama.settings import OllamaSettings
 
 _STEP_S = 0.05
-
-Reported = tuple[int, BackendEvent | Exception]
 
 
 class OllamaModel(LoadedModel):
@@ -56,22 +53,18 @@ class OllamaModel(LoadedModel):
         self._client = client
         self._facts = facts
         self._growing = asyncio.Lock()
-        self._reported: queue.SimpleQueue[Reported] = queue.SimpleQueue()
+        self._reports = Reports()
         self._running: dict[int, concurrent.futures.Future[Finished]] = {}
 
     def submit(self, request_id: int, request: GenerateRequest) -> None:
         """Send the request."""
-        answer = Answer(self._client, self._facts, request, lambda event: self._reported.put((request_id, event)))
+        answer = Answer(self._client, self._facts, request, lambda event: self._reports.put(request_id, event))
         future = self._running[request_id] = self._loop.start(self._answered(answer, request))
         future.add_done_callback(partial(self._ended, request_id, answer))
 
-    def step(self) -> Sequence[Reported]:
-        """Return what came since the last step; waits up to 50 ms for the first."""
-        reported: list[Reported] = []
-        with contextlib.suppress(queue.Empty):  # nothing came: an empty step
-            reported.append(self._reported.get(timeout=_STEP_S))
-            while True:
-                reported.append(self._reported.get_nowait())
+    def step(self) -> Sequence[Report]:
+        """Return what came since the last step."""
+        reported = self._reports.fetch()
         for request_id, event in reported:
             if isinstance(event, Finished | Exception):
                 self._running.pop(request_id, None)
@@ -94,7 +87,7 @@ class OllamaModel(LoadedModel):
             event = future.result()
         else:
             event = error if isinstance(error, Exception) else GenerationFailed(f"{type(error).__name__}: {error}")
-        self._reported.put((request_id, event))
+        self._reports.put(request_id, event)
 
     async def _answered(self, answer: Answer, request: GenerateRequest) -> Finished:
         try:

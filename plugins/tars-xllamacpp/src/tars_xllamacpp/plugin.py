@@ -40,21 +40,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         )
     if path is None:
         return ProbeReport(available=True, device="cpu")
-    try:
-        header = gguf.read_header(path)
-    except LoadFailed as error:
-        return ProbeReport(available=False, reason=error.message, hint=error.hint)
-    except OSError as error:
-        return ProbeReport(available=False, reason=f"{path} cannot be read: {error.strerror}")
-    return ProbeReport(
-        available=True,
-        device="cpu",
-        memory_bytes=header.tensor_bytes + _OVERHEAD_BYTES,
-        weights_id=header.weights_id,
-        context_length=header.context_length,
-        concurrency=4,
-        preference=_PREFERENCE,
-    )
+    return gguf.probe(path, device="cpu", overhead_bytes=_OVERHEAD_BYTES, concurrency=4, preference=_PREFERENCE)
 
 
 @hookimpl

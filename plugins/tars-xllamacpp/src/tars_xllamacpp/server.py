@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import msgspec
 import xllamacpp
@@ -30,6 +29,8 @@ from tars_core.plugin import (
     LoadOptions,
     OutOfMemory,
     Progress,
+    Report,
+    Reports,
     TextDelta,
     Timings,
     Usage,
@@ -38,7 +39,6 @@ from tars_core.schema import FinishReason
 from tars_core.sources import gguf, memory
 from tars_xllamacpp.settings import XLlamaCppSettings
 
-_STEP_S = 0.05
 _DEFAULT_CONTEXT = 8192
 _CONTEXT_STEP = 256  # llama.cpp pads its cache to this many tokens
 _CPU = "cpu"
@@ -89,9 +89,6 @@ class _Chunk(msgspec.Struct):
     error: _Error | None = None
 
 
-Reported: TypeAlias = tuple[int, BackendEvent | Exception]
-
-
 class ServedModel(LoadedModel):
     """A model in the engine. Implements the batched form of the contract."""
 
@@ -109,7 +106,7 @@ class ServedModel(LoadedModel):
             context_shrunk=shrunk,
         )
         self._server = server
-        self._reported: queue.SimpleQueue[Reported] = queue.SimpleQueue()
+        self._reports = Reports()
         self._cancelled: dict[int, threading.Event] = {}
 
     @classmethod
@@ -133,13 +130,9 @@ class ServedModel(LoadedModel):
         cancelled = self._cancelled[request_id] = threading.Event()
         threading.Thread(target=self._run, args=(request_id, request, cancelled), daemon=True).start()
 
-    def step(self) -> Sequence[Reported]:
-        """Return what the callbacks brought since the last step; waits up to 50 ms for the first."""
-        reported: list[Reported] = []
-        with contextlib.suppress(queue.Empty):  # nothing came: an empty step
-            reported.append(self._reported.get(timeout=_STEP_S))
-            while True:
-                reported.append(self._reported.get_nowait())
+    def step(self) -> Sequence[Report]:
+        """Return what the callbacks brought since the last step."""
+        reported = self._reports.fetch()
         for request_id, event in reported:
             if isinstance(event, Finished | Exception):
                 self._cancelled.pop(request_id, None)
@@ -151,8 +144,8 @@ class ServedModel(LoadedModel):
             flag.set()
 
     def _run(self, request_id: int, request: GenerateRequest, cancelled: threading.Event) -> None:
-        call = _Call(request, cancelled, lambda event: self._reported.put((request_id, event)))
-        self._reported.put((request_id, call.run(self._server)))
+        call = _Call(request, cancelled, lambda event: self._reports.put(request_id, event))
+        self._reports.put(request_id, call.run(self._server))
 
 
 class _Call:
