@@ -29,7 +29,7 @@ class Answer:
         self._decoded = self._shown = 0  # characters
         self._hidden: collections.deque[tuple[int, int]] = collections.deque()
         self._first = self._last = 0.0
-        self.finished = False
+        self.finished: bool = False
 
     def push(self, token: int, *, ends: bool) -> list[BackendEvent]:
         """Add a token, which ``ends`` the answer or not; return what it brings."""

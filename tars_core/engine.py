@@ -84,7 +84,7 @@ class InferenceEngine:
         if isinstance(config, Settings):
             if settings or settings_file is not None:
                 raise ConfigError("give settings gathered before, or arguments, not both")
-            self.settings = config
+            self.settings: Settings = config
         elif config is None or isinstance(config, Mapping):
             file = Path(settings_file) if settings_file is not None else None
             self.settings = load_settings({**(config or {}), **settings}, file=file)

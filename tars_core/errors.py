@@ -97,7 +97,7 @@ class BackendUnavailable(BackendError):
     def __init__(self, message: str, *, reasons: Mapping[str, str], hint: str | None = None) -> None:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
         super().__init__(message + listed, hint=hint)
-        self.reasons = dict(reasons)
+        self.reasons: dict[str, str] = dict(reasons)
 
 
 class PluginError(BackendError):
@@ -144,8 +144,8 @@ class WorkerDied(BackendError):
     """
 
     def __init__(self, *, returncode: int | None, stderr_tail: str = "") -> None:
-        self.signal_name = _signal_name(returncode)
-        self.exit_code = returncode if returncode is not None and returncode >= 0 else None
+        self.signal_name: str | None = _signal_name(returncode)
+        self.exit_code: int | None = returncode if returncode is not None and returncode >= 0 else None
         self.stderr_tail = stderr_tail
         if self.signal_name:
             how = f"was killed by {self.signal_name}"
@@ -188,7 +188,7 @@ class AllBackendsFailed(TarsError):
             f"no backend answered{listed}",
             hint="\n  → ".join(dict.fromkeys(hints)) or "tars backends shows what is installed",
         )
-        self.attempts = tuple(attempts)
+        self.attempts: tuple[Attempt, ...] = tuple(attempts)
 
 
 def place_of(error: BaseException) -> str:

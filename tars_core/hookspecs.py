@@ -36,8 +36,8 @@ PROJECT = "tars"
 GROUP = "tars.plugins.v1"
 GROUP_STEM = "tars.plugins.v"
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
+hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 
 CancelFlag: TypeAlias = threading.Event
 """Set once the request or the load is no longer wanted; ``wait(seconds)`` sleeps until then."""

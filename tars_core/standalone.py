@@ -23,7 +23,7 @@ class Backend:
 
     def __init__(self, model_path: str | os.PathLike[str], **settings: object) -> None:
         self._engine = InferenceEngine(settings, backend=self.name, model=model_path, plugins=self.name)
-        self.loaded = False
+        self.loaded: bool = False
         try:
             self._engine.load()
         except BaseException:

@@ -33,7 +33,7 @@ class StopFilter:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
         self._held = ""
-        self.stopped = False
+        self.stopped: bool = False
 
     def push(self, text: str) -> str:
         """Add ``text``; return what can be shown now. Nothing comes after :attr:`stopped`."""
