@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import TypeAlias, TypeVar, cast
 
 import msgspec
 
 from tars_core import failover
 from tars_core.errors import (
+    DeadlineExceeded,
+    EngineClosed,
     LoadFailed,
     Overloaded,
     RequestError,
@@ -38,6 +41,11 @@ from tars_core.schema import (
 from tars_core.settings import Settings
 from tars_core.worker.host import Request, Worker, WorkerGoneError
 from tars_core.worker.protocol import Load, Loaded
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 _log = logging.getLogger("tars_core.engine")
 
@@ -87,10 +95,28 @@ class Driver:
         )
         self._circuits = failover.Circuits(failover.CircuitPolicy(), random.Random())  # noqa: S311 - jitter
         self._deciding = asyncio.Lock()
+        self._planning = threading.Lock()
+        """Held by the thread: it goes on where its caller was cancelled, and the planner is not made for two."""
         self._decision: tuple[Decision, float] | None = None
         self._places: dict[failover.Key, _Place] = {}
-        self._running: set[asyncio.Task[Completion]] = set()
+        self._calls: set[asyncio.Task[object]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._answering = 0
+        self._closed = False
         self.last_answered: str | None = None
+
+    async def run(self, work: Coroutine[None, None, T]) -> T:
+        """Await what a caller asked for; :meth:`close` cancels it."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._calls.add(task)
+        try:
+            if self._closed:
+                work.close()
+                raise EngineClosed
+            return await work
+        finally:
+            self._calls.discard(task)
 
     # ---- deciding ------------------------------------------------------------------------------
 
@@ -104,19 +130,24 @@ class Driver:
                 decision, made = self._decision
                 if time.monotonic() - made < _DECISION_AGE_S:
                     return decision
-            decision = await _in_daemon_thread(self._planner.decide, self._running_keys())
+            self._decision = None  # where deciding fails, what was decided before does not hold either
+            decision = await _in_daemon_thread(self._alone, self._planner.decide, self._running_keys())
             self._decision = decision, time.monotonic()
             return decision
 
     async def models(self) -> tuple[OfferedModel, ...]:
         """Return the models known by name."""
         async with self._deciding:
-            return await _in_daemon_thread(self._planner.models)
+            return await _in_daemon_thread(self._alone, self._planner.models)
 
     async def statuses(self) -> tuple[BackendStatus, ...]:
         """Return the state of every installed plugin, quarantined ones included; crashed ones are tried anew."""
         async with self._deciding:
-            return await _in_daemon_thread(self._planner.statuses)
+            return await _in_daemon_thread(self._alone, self._planner.statuses)
+
+    def _alone(self, function: Callable[..., T], *arguments: object) -> T:
+        with self._planning:
+            return function(*arguments)
 
     def _running_keys(self) -> frozenset[failover.Key]:
         return frozenset(key for key, place in self._places.items() if place.worker and place.worker.dead is None)
@@ -125,23 +156,24 @@ class Driver:
 
     async def answer(self, ask: Ask, sink: Sink) -> Completion:
         """Answer one request; ``sink`` gets every event of its stream, on this loop's thread."""
-        if len(self._running) >= self.settings.max_queue:
+        if self._answering >= self.settings.max_queue:
             raise Overloaded(
-                f"{len(self._running)} requests are running or waiting, max_queue is {self.settings.max_queue}",
+                f"{self._answering} requests are running or waiting, max_queue is {self.settings.max_queue}",
                 hint="try again in a moment, or raise max_queue",
             )
-        task = asyncio.ensure_future(self._answer(ask, sink))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._answering += 1
         try:
-            return await task
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
+            return await self._answer(ask, sink)
+        finally:
+            self._answering -= 1
 
     async def _answer(self, ask: Ask, sink: Sink) -> Completion:
         started = time.monotonic()
-        decision = await self.decide()
+        try:
+            async with timeout(self._limits.total_s):
+                decision = await self.decide()
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(stage="total", limit_s=self._limits.total_s) from None
         sink(Started(decision=decision))
         candidates = [c for c in decision.candidates if ask.backend in (None, c.backend)]
         attempts = failover.Attempts(candidates, self._limits, self._circuits, now=started)
@@ -152,10 +184,10 @@ class Driver:
             attempt = _Attempt(self, place, candidate, attempts, started)
             try:
                 completion = await attempt.run(ask, sink, decision)
-            except RequestError:
-                attempts.undecided()
-                raise
             except TarsError as error:
+                if isinstance(error, RequestError) and not attempts.text:
+                    attempts.undecided()
+                    raise
                 _log.info("%s failed: %s", candidate.backend, error)
                 self._decision = None  # facts have changed; the next request asks the probes again
                 attempts.failed(error, time.monotonic(), incident=attempt.incident)
@@ -191,7 +223,7 @@ class Driver:
         for other in others:
             worker, other.worker = other.worker, None
             if worker is not None:
-                await worker.close()
+                await self._put_away(worker)
         target, value = self._planner.plugin(candidate.backend)
         worker = Worker(candidate.backend)
         place.serial = worker.serial
@@ -219,12 +251,19 @@ class Driver:
             self._tell(candidate.backend, 1.0, "")
         _log.info("%s loaded: %s", candidate.backend, loaded)
         if self.settings.require_device == "gpu" and loaded.device == "cpu":
-            await worker.close()
+            await self._put_away(worker)
             raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")
         if self.settings.device == "gpu" and loaded.device == "cpu":
             _log.warning("%s runs on the CPU, not on a GPU; require_device='gpu' forbids it", candidate.backend)
         place.worker = worker
         return worker
+
+    async def _put_away(self, worker: Worker) -> None:
+        """End a worker that nobody can reach any more, also where the caller is cancelled meanwhile."""
+        ending = asyncio.ensure_future(worker.close())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        await asyncio.shield(ending)
 
     def _tell(self, backend: str, fraction: float, note: str) -> None:
         if self._on_load is None:
@@ -237,13 +276,11 @@ class Driver:
 
     async def close(self) -> None:
         """Cancel what runs and end every worker."""
-        loads = [p.loading for p in self._places.values() if p.loading is not None]
-        pending = [task for task in (*self._running, *loads) if not task.done()]
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        self._closed = True
+        await _cancelled(self._calls)
+        await _cancelled(place.loading for place in self._places.values() if place.loading is not None)
         workers = [p.worker for p in self._places.values() if p.worker is not None]
-        await asyncio.gather(*(worker.close() for worker in workers))
+        await asyncio.gather(*self._ending, *(worker.close() for worker in workers))
         self._places.clear()
 
 
@@ -286,7 +323,7 @@ class _Attempt:
             try:
                 return worker, await self._bounded(start)
             except WorkerGoneError:
-                continue  # it died of another request while this one waited; nothing was tried yet
+                continue  # it died of another request, or was put away, while this one waited; nothing was tried yet
 
     async def _load(self) -> Worker:
         began = time.monotonic()
@@ -296,10 +333,11 @@ class _Attempt:
             self._load_s = time.monotonic() - began
         return worker
 
-    async def _bounded(self, step: Coroutine[None, None, T]) -> T:
+    async def _bounded(self, step: Awaitable[T]) -> T:
         """Await a step that has limits of its own, or none, within the request's whole time."""
         try:
-            return await asyncio.wait_for(step, self._attempts.total_left(time.monotonic()))
+            async with timeout(self._attempts.total_left(time.monotonic())):
+                return await step
         except asyncio.TimeoutError:
             raise self._attempts.expired(time.monotonic()) from None
 
@@ -342,6 +380,14 @@ class _Attempt:
             decision=decision,
             attempts=self._attempts.finished(now),
         )
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[T]]) -> None:
+    """Cancel ``tasks``; return when they have ended."""
+    pending = [task for task in tasks if not task.done()]
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
 
 
 async def _in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:

@@ -66,6 +66,11 @@ class InferenceEngine:
     Raises :class:`~tars_core.errors.ConfigError` for a setting that cannot be meant.
     """
 
+    _loop: asyncio.AbstractEventLoop | None
+    _thread: threading.Thread | None
+    _driver: Driver | None
+    _shut_down: weakref.finalize[..., InferenceEngine] | None = None
+
     def __init__(  # noqa: PLR0913 - the most used settings have names of their own
         self,
         config: Mapping[str, object] | Settings | None = None,
@@ -78,7 +83,7 @@ class InferenceEngine:
         **settings: object,
     ) -> None:
         if model is not None:
-            settings["model"] = os.fspath(model)
+            settings["model"] = _path("model", model)
         if backend is not None:
             settings["backend"] = backend
         if isinstance(config, Settings):
@@ -86,17 +91,15 @@ class InferenceEngine:
                 raise ConfigError("give settings gathered before, or arguments, not both")
             self.settings: Settings = config
         elif config is None or isinstance(config, Mapping):
-            file = Path(settings_file) if settings_file is not None else None
+            file = Path(_path("settings_file", settings_file)) if settings_file is not None else None
             self.settings = load_settings({**(config or {}), **settings}, file=file)
         else:
             raise ConfigError(f"config must be a mapping of settings, not {type(config).__name__}")
+        if not isinstance(extra_plugins, Mapping | None):
+            raise ConfigError(f"extra_plugins must map names to plugins, not {type(extra_plugins).__name__}")
         self._plugins = dict(extra_plugins or {})
         self._on_load = on_load
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._driver: Driver | None = None
-        self._pid = os.getpid()
+        self._start_anew()
         self._closed = False
         _engines.add(self)
 
@@ -209,13 +212,16 @@ class InferenceEngine:
         """Return the names of the backends that can run the model, best first; none is an empty list."""
         try:
             return list(dict.fromkeys(candidate.backend for candidate in self.plan().candidates))
+        except EngineClosed:
+            raise
         except TarsError:
             return []
 
     def get_active_backend(self) -> str | None:
         """Return the backend that answered last, else the one that would be tried first. Loads nothing."""
-        if self._driver is not None and self._driver.last_answered is not None:
-            return self._driver.last_answered
+        driver = self._driver
+        if driver is not None and driver.last_answered is not None:
+            return driver.last_answered
         return next(iter(self.list_available_backends()), None)
 
     def benchmark(self) -> dict[str, float | None]:
@@ -245,16 +251,16 @@ class InferenceEngine:
 
     def close(self) -> None:
         """End all workers and the engine's thread. Requests under way raise ``EngineClosed``; may be called twice."""
+        self._refuse_own_thread()
         with self._lock:
             self._closed = True
-            loop, thread, driver = self._loop, self._thread, self._driver
-            self._loop = self._thread = self._driver = None
-        if loop is None or thread is None or driver is None or self._pid != os.getpid():
-            return
-        asyncio.run_coroutine_threadsafe(driver.close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+            thread, shut_down = self._thread, self._shut_down
+            self._driver = None
+        if thread is not None and shut_down is not None:
+            # Not called but taken apart: at interpreter exit a finalizer does nothing. None: another close() is at it.
+            if (ours := shut_down.detach()) is not None:
+                ours[1](*ours[2]).result()
+            thread.join()
 
     async def aclose(self) -> None:
         """:meth:`close` for asyncio."""
@@ -279,15 +285,29 @@ class InferenceEngine:
     # ---- crossing into the loop ----------------------------------------------------------------
 
     def _submit(self, call: Callable[[Driver], Coroutine[None, None, T]]) -> concurrent.futures.Future[T]:
+        self._refuse_own_thread()
         with self._lock:
             if self._closed:
                 raise EngineClosed
             if self._loop is None or self._driver is None:
-                self._loop = loop = asyncio.new_event_loop()
-                self._driver = Driver(self.settings, self._plugins, self._on_load)
-                self._thread = threading.Thread(target=loop.run_forever, name="tars-engine", daemon=True)
-                self._thread.start()
-            return asyncio.run_coroutine_threadsafe(call(self._driver), self._loop)
+                loop = asyncio.new_event_loop()
+                driver = Driver(self.settings, self._plugins, self._on_load)
+                thread = threading.Thread(target=_run, args=(loop,), name="tars-engine", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    loop.close()
+                    raise TarsError(f"the engine cannot start its thread: {error}") from error
+                self._loop, self._driver, self._thread = loop, driver, thread
+                # Also where the engine is forgotten without close(); at exit _close_all does it, and waits.
+                self._shut_down = weakref.finalize(self, _shut_down, loop, driver)
+                self._shut_down.atexit = False
+            return asyncio.run_coroutine_threadsafe(self._driver.run(call(self._driver)), self._loop)
+
+    def _refuse_own_thread(self) -> None:
+        """Raise where a callback such as ``on_load`` calls: it would wait for itself."""
+        if threading.current_thread() is self._thread:
+            raise TarsError("the engine cannot be called from its own thread", hint="let on_load only take notes")
 
     def _wait(self, call: Callable[[Driver], Coroutine[None, None, T]]) -> T:
         future = self._submit(call)
@@ -310,12 +330,15 @@ class InferenceEngine:
             future.cancel()
 
     def _stream(self, ask: Ask) -> Iterator[StreamEvent]:
+        pid = self._pid
         events: queue.SimpleQueue[StreamEvent | None] = queue.SimpleQueue()
         future = self._submit(lambda driver: driver.answer(ask, events.put))
         future.add_done_callback(lambda _: events.put(None))
         try:
             while (event := events.get()) is not None:
                 yield event
+                if self._pid != pid:
+                    raise EngineClosed  # in a forked child: the thread that fills the queue is the parent's
             future.result()
         except concurrent.futures.CancelledError:
             raise EngineClosed from None
@@ -342,10 +365,30 @@ class InferenceEngine:
             future.cancel()
 
     def _start_anew(self) -> None:
-        """In a forked child: the thread and the workers are the parent's; begin without them."""
+        """Begin without a thread; in a forked child, where thread and workers are the parent's, once more."""
         self._lock = threading.Lock()
-        self._loop = self._thread = self._driver = None
+        if self._shut_down is not None:
+            self._shut_down.detach()
+        self._loop = self._thread = self._driver = self._shut_down = None
         self._pid = os.getpid()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _shut_down(loop: asyncio.AbstractEventLoop, driver: Driver) -> concurrent.futures.Future[None]:
+    """Begin to end the workers, and then the loop."""
+    closing = asyncio.run_coroutine_threadsafe(driver.close(), loop)
+    closing.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+    return closing
+
+
+def _path(name: str, value: object) -> str:
+    if isinstance(value, str | os.PathLike):
+        return os.fsdecode(value)
+    raise ConfigError(f"{name} must be a path or a name, not {value!r:.40}")
 
 
 def _ask(
@@ -366,7 +409,7 @@ def _ask(
         return Ask(messages=turns, sampling=params)
     if prompt is None:
         raise RequestError("there is neither a prompt nor messages")
-    schema.check_text("prompt", prompt)
+    prompt = schema.check_text("prompt", prompt)
     if not prompt.strip():
         raise RequestError("the prompt is blank", hint="say what is to be answered")
     if raw:

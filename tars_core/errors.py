@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class TarsError(Exception):
     """Base of all errors of TARS."""
 
+    message: str = "it does not say why"
+    hint: str | None = None
+
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -191,12 +194,17 @@ class AllBackendsFailed(TarsError):
         self.attempts: tuple[Attempt, ...] = tuple(attempts)
 
 
-def place_of(error: BaseException) -> str:
-    """Return `` (file.py, line 7)``, the innermost place a foreign error was raised; empty where it has none."""
+def told(error: BaseException) -> str:
+    """Describe an exception that is not ours: its type, its text and the innermost place, `` (file.py, line 7)``."""
+    try:
+        text = str(error)
+    except Exception as failure:  # noqa: BLE001 - a plugin's own exception may fail at this too
+        text = f"(its text is not to be had: {type(failure).__name__})"
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    return f" ({Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno})" if place else ""
+    where = f" ({Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno})" if place else ""
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def _signal_name(returncode: int | None) -> str | None:

@@ -10,10 +10,12 @@ Run as a program (``python -m tars_core.first_import NAME TARGET``) this module 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from tars_core import childprocess, hookspecs
-from tars_core.errors import WorkerDied, place_of
+from tars_core.errors import WorkerDied, told
 from tars_core.schema import ProbeLimits
 
 _log = logging.getLogger("tars_core.registry")
@@ -104,12 +106,22 @@ def fingerprint(suspect: Suspect) -> str:
     if spec is not None and spec.origin is not None:
         origin = Path(spec.origin)
         files: Iterable[Path] = origin.parent.rglob("*.py") if origin.name == "__init__.py" else (origin,)
-        facts += [f"{f}:{(s := f.stat()).st_size}:{s.st_mtime_ns}" for f in sorted(files)]
-    for entry in sys.path:
-        # Installing or removing a distribution changes its folder's time, and with it what can be imported.
-        if entry and (folder := Path(entry)).is_dir() and folder != Path.cwd():
-            facts.append(f"{folder}:{folder.stat().st_mtime_ns}")
+        facts += [_state(file) for file in sorted(files)]
+    # Installing or removing a distribution changes its folder's time, and with it what can be imported. The current
+    # folder, which may have been removed, changes for other reasons.
+    folders = {Path(entry) for entry in sys.path if entry}
+    with contextlib.suppress(FileNotFoundError):
+        folders.discard(Path.cwd())
+    facts += [_state(folder) for folder in sorted(folders) if folder.is_dir()]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def _state(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:  # a link that leads nowhere, such as an editor's lock
+        return f"{path}: none"
+    return f"{path}:{found.st_size}:{found.st_mtime_ns}"
 
 
 def examine(suspects: Sequence[Suspect], *, limit_s: float) -> dict[str, Verdict]:
@@ -117,7 +129,10 @@ def examine(suspects: Sequence[Suspect], *, limit_s: float) -> dict[str, Verdict
     verdicts: dict[str, Verdict] = {}
 
     def judge(suspect: Suspect) -> None:
-        verdicts[suspect.name] = _judge(_start(suspect), limit_s)
+        try:
+            verdicts[suspect.name] = _judge(suspect, limit_s)
+        except (OSError, RuntimeError) as error:
+            verdicts[suspect.name] = Verdict(stage="import", reason=f"no process could be started to try it: {error}")
 
     # A thread each: one that hangs must not use up the time of the others. Daemons: Ctrl-C does not wait for them.
     threads = [threading.Thread(target=judge, args=(suspect,), daemon=True) for suspect in suspects]
@@ -128,29 +143,30 @@ def examine(suspects: Sequence[Suspect], *, limit_s: float) -> dict[str, Verdict
     return verdicts
 
 
-def _start(suspect: Suspect) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        childprocess.command("tars_core.first_import", suspect.name, suspect.target),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def _judge(child: subprocess.Popen[bytes], limit_s: float) -> Verdict:
-    try:
-        output, words = child.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
-        return Verdict(stage="import", reason=f"it was not imported within {limit_s:g} s", dangerous=True)
-    try:
-        return msgspec.json.decode(output, type=Verdict)
-    except msgspec.DecodeError:
-        died = WorkerDied(returncode=child.returncode, stderr_tail=words.decode(errors="replace"))
-        how = died.signal_name or f"exit code {died.exit_code}"
-        return Verdict(stage="import", reason=f"importing it ended the process ({how})", dangerous=True)
+def _judge(suspect: Suspect, limit_s: float) -> Verdict:
+    # Files, not pipes: something the plugin started may hold a pipe open long after the process has ended.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as words:
+        child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            childprocess.command("tars_core.first_import", suspect.name, suspect.target),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=words,
+            start_new_session=True,
+        )
+        try:
+            child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with what it started
+            child.wait()
+            return Verdict(stage="import", reason=f"it was not imported within {limit_s:g} s", dangerous=True)
+        output.seek(0)
+        words.seek(0)
+        try:
+            return msgspec.json.decode(output.read(), type=Verdict)
+        except msgspec.DecodeError:
+            died = WorkerDied(returncode=child.returncode, stderr_tail=words.read().decode(errors="replace"))
+            how = died.signal_name or f"exit code {died.exit_code}"
+            return Verdict(stage="import", reason=f"importing it ended the process ({how})", dangerous=True)
 
 
 def _try_out(name: str, target: str) -> Verdict:
@@ -166,7 +182,7 @@ def _try_out(name: str, target: str) -> Verdict:
     except SystemExit as error:
         return Verdict(stage=stage, reason=f"it called sys.exit({error.code!r})")
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises is the verdict
-        return Verdict(stage=stage, reason=f"{type(error).__name__}: {error}{place_of(error)}")
+        return Verdict(stage=stage, reason=told(error))
     return Verdict()
 
 

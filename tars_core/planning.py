@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from tars_core import ranking, registry, speeds
-from tars_core.errors import BackendUnavailable, ConfigError
+from tars_core.errors import BackendUnavailable, ConfigError, PluginError, told
 from tars_core.schema import BackendStatus, Decision, ModelRef, OfferedModel, ProbeLimits, ProbeReport, Rejection
 from tars_core.settings import Settings, cache_folder, plain_name
 from tars_core.sources import memory
@@ -51,7 +51,13 @@ class Planner:
             return "{}"
         from tars_core import validation  # noqa: PLC0415 - imports pydantic
 
-        return validation.own_settings(name, self._discovered().settings_model(name), self._settings)
+        found = self._discovered()
+        try:
+            model = found.settings_model(name)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises
+            found.put_aside(name, f"tars_settings: {told(error)}")
+            return "{}"
+        return validation.own_settings(name, model, self._settings)
 
     def _settings_error(self, name: str) -> ConfigError | None:
         try:
@@ -61,12 +67,18 @@ class Planner:
         return None
 
     def plugin(self, name: str) -> tuple[str | None, object]:
-        """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself."""
+        """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself.
+
+        Raises ``PluginError`` for one that was put aside since the decision.
+        """
         found = self._discovered()
-        return found.get(name).target, found.plugin_object(name)
+        if (plugin := found.get(name)) is None:
+            aside = next((q for q in found.quarantined if q.name == name), None)
+            raise PluginError(f"{name} was put aside: {aside.reason}" if aside else f"there is no plugin {name}")
+        return plugin.target, found.plugin_object(name)
 
     def _discovered(self, *, recheck: bool = False) -> registry.Registry:
-        if self._registry is None:
+        if self._registry is None or (recheck and self._registry.quarantined):
             self._registry = registry.discover(
                 choice=registry.Choice.parse(self._settings.plugins),
                 cache=cache_folder(),
@@ -94,11 +106,11 @@ class Planner:
     def decide(self, running: frozenset[ranking.Key]) -> Decision:
         """Return what would be tried, in order; ``running`` is loaded already. Raises where nothing can be."""
         found = self._discovered()
+        for name in self._settings.backends.keys() & {plugin.name for plugin in found.plugins}:
+            self.backend_settings(name)
         backends = [p.name for p in found.plugins if found.is_backend(p.name)]
         limits = ProbeLimits(deadline_s=self._settings.limits.probe_s)
         self._check_named(found, backends)
-        for name in self._settings.backends.keys() & {plugin.name for plugin in found.plugins}:
-            self.backend_settings(name)
         model = resolve(
             self._settings.model,
             aliases=self._settings.models,

@@ -19,7 +19,7 @@ import msgspec
 import pluggy
 
 from tars_core import first_import, hookspecs
-from tars_core.errors import place_of
+from tars_core.errors import told
 from tars_core.schema import ModelRef, OfferedModel, ProbeLimits, ProbeReport
 
 Stage: TypeAlias = Literal["discovery", "generation", "import", "register", "probe"]
@@ -103,9 +103,9 @@ class Registry:
         """What can be asked, by name."""
         return tuple(self._plugins[name] for name in sorted(self._plugins))
 
-    def get(self, name: str) -> InstalledPlugin:
-        """Return one plugin that is not in quarantine; raises ``KeyError``."""
-        return self._plugins[name]
+    def get(self, name: str) -> InstalledPlugin | None:
+        """Return one plugin that is not in quarantine."""
+        return self._plugins.get(name)
 
     def plugin_object(self, name: str) -> object:
         """Return what was registered under ``name``."""
@@ -142,6 +142,11 @@ class Registry:
             )
         )
 
+    def put_aside(self, name: str, reason: str) -> None:
+        """Quarantine a plugin that did not answer as it must, unless that has been done already."""
+        if (plugin := self._plugins.get(name)) is not None:
+            self.quarantine(plugin, "probe", reason)
+
     def probe(
         self, questions: Iterable[tuple[str, M]], limits: ProbeLimits, settings: SettingsOf = _no_settings
     ) -> dict[tuple[str, M], ProbeReport]:
@@ -156,13 +161,13 @@ class Registry:
         )
         reports: dict[tuple[str, M], ProbeReport] = {}
         for key, answer in answers.items():
-            plugin = self._plugins.get(key[0])
-            if plugin is None or answer is None:
+            if answer is None:
                 continue
-            if isinstance(answer, ProbeReport):
+            fault = _fault(answer, ProbeReport, limits.deadline_s)
+            if isinstance(answer, ProbeReport) and fault is None:
                 reports[key] = answer
             else:
-                self.quarantine(plugin, "probe", f"tars_probe: {_fault(answer, limits.deadline_s)}")
+                self.put_aside(key[0], f"tars_probe: {fault}")
         return {key: report for key, report in reports.items() if key[0] in self._plugins}
 
     def settings_model(self, name: str) -> object:
@@ -176,11 +181,13 @@ class Registry:
         answers = _all_at_once(calls, deadline_s=limits.deadline_s)
         offered: dict[ModelRef, OfferedModel] = {}
         for name, answer in answers.items():
-            if isinstance(answer, Sequence) and all(isinstance(m, OfferedModel) for m in answer):
-                for model in answer:
-                    offered.setdefault(model.name, model)
+            models = answer if isinstance(answer, list | tuple) else (answer,)
+            faults = [fault for model in models if (fault := _fault(model, OfferedModel, limits.deadline_s))]
+            if faults:
+                self.put_aside(name, f"tars_models: {faults[0]}")
             else:
-                self.quarantine(self._plugins[name], "probe", f"tars_models: {_fault(answer, limits.deadline_s)}")
+                for model in models:
+                    offered.setdefault(model.name, model)
         return offered
 
     def _question(self, name: str, model: ModelRef | None, limits: ProbeLimits, settings: str) -> Callable[[], object]:
@@ -211,7 +218,11 @@ def discover(
     """
     registry = Registry()
     for name, value in sorted((extra or {}).items()):
-        registry.add(InstalledPlugin(name=name, distribution="(object)", version="", target=None), value)
+        given = InstalledPlugin(name=name, distribution="(object)", version="", target=None)
+        try:
+            registry.add(given, value)
+        except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the others
+            registry.quarantine(given, "register", told(error))
     memory = first_import.Memory(cache / "plugins")
     installed = [p for p in _entry_points(registry) if choice.admits(p.name)]
     suspects = {p.name: _suspect(p) for p in installed}
@@ -233,7 +244,7 @@ def discover(
             stage = "register"
             registry.add(plugin, value)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin must not stop the others
-            registry.quarantine(plugin, stage, f"{type(error).__name__}: {error}{place_of(error)}")
+            registry.quarantine(plugin, stage, told(error))
     return registry
 
 
@@ -305,9 +316,16 @@ def _all_at_once(calls: Mapping[K, Callable[[], object]], *, deadline_s: float) 
     return {key: answers.get(key, _TooLate()) for key in calls}
 
 
-def _fault(answer: object, deadline_s: float) -> str:
+def _fault(answer: object, kind: type[ProbeReport | OfferedModel], deadline_s: float) -> str | None:
+    """Say what is wrong with an answer that should be a sound ``kind``; ``None`` where nothing is."""
     if isinstance(answer, _TooLate):
         return f"no answer within {deadline_s:g} s"
     if isinstance(answer, BaseException):
-        return f"{type(answer).__name__}: {answer}{place_of(answer)}"
-    return f"it returned {type(answer).__name__}"
+        return told(answer)
+    if not isinstance(answer, kind):
+        return f"it returned {type(answer).__name__}"
+    try:
+        msgspec.convert(msgspec.to_builtins(answer), kind)
+    except (TypeError, ValueError) as error:
+        return f"its {kind.__name__} is not sound: {error}"
+    return None

@@ -68,7 +68,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise errors.RequestError(f"unknown role {self.role!r}", hint=f"use one of {', '.join(ROLES)}")
-        check_text("message content", self.content)
+        # Of an enum of strings, the string; of NumPy's text, the text.
+        msgspec.structs.force_setattr(self, "role", ROLES[ROLES.index(self.role)])
+        msgspec.structs.force_setattr(self, "content", check_text("message content", self.content))
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,22 +97,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """0 to 2³²-1; ``None`` draws one."""
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, 10)
-        _check_number("top_p", self.top_p, 0, 1, low_open=True)
-        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
-        _check_number("min_p", self.min_p, 0, 1, high_open=True)
-        _check_number("repeat_penalty", self.repeat_penalty, 0, 10, low_open=True)
-        _check_whole("max_tokens", self.max_tokens, 1, 2**63 - 1)
-        if self.seed is not None:
-            _check_whole("seed", self.seed, 0, 2**32 - 1)
+        plain: dict[str, object] = {
+            "temperature": _check_number("temperature", self.temperature, 0, 10),
+            "top_p": _check_number("top_p", self.top_p, 0, 1, low_open=True),
+            "top_k": _check_whole("top_k", self.top_k, 0, 2**31 - 1),
+            "min_p": _check_number("min_p", self.min_p, 0, 1, high_open=True),
+            "repeat_penalty": _check_number("repeat_penalty", self.repeat_penalty, 0, 10, low_open=True),
+            "max_tokens": _check_whole("max_tokens", self.max_tokens, 1, 2**63 - 1),
+            "seed": None if self.seed is None else _check_whole("seed", self.seed, 0, 2**32 - 1),
+        }
         if not isinstance(self.stop, Iterable):
             raise errors.RequestError(f"stop must be a string or a list of them, not {self.stop!r:.40}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        for text in stop:
-            check_text("stop", text)
-            if not text:
-                raise errors.RequestError("a stop string is empty", hint="it would stop before the first token")
-        msgspec.structs.force_setattr(self, "stop", stop)
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        plain["stop"] = stop = tuple(check_text("stop", text) for text in stops)
+        if "" in stop:
+            raise errors.RequestError("a stop string is empty", hint="it would stop before the first token")
+        for name, value in plain.items():
+            msgspec.structs.force_setattr(self, name, value)
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -345,8 +348,11 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The stage at which it was put aside: discovery, generation, import, register, probe."""
 
 
-def check_text(what: str, text: object) -> None:
-    """Raise ``RequestError`` unless ``text`` is a string that UTF-8 can express, of at most 64 Mi characters."""
+def check_text(what: str, text: object) -> str:
+    """Return ``text`` as a plain ``str``: a subclass, such as NumPy's, cannot be sent to a worker.
+
+    Raises ``RequestError`` unless it is a string that UTF-8 can express, of at most 64 Mi characters.
+    """
     if not isinstance(text, str):
         raise errors.RequestError(f"{what} must be text, not {type(text).__name__}")
     if len(text) > MAX_TEXT:
@@ -358,6 +364,7 @@ def check_text(what: str, text: object) -> None:
             f"{what} holds a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}",
             hint="decode the text with errors='replace' before it comes here",
         ) from None
+    return str.__str__(text)
 
 
 def check_messages(messages: Sequence[Message | dict[str, str]]) -> tuple[Message, ...]:
@@ -381,21 +388,23 @@ def _check_message(message: object) -> Message:
 
 def _check_number(  # noqa: PLR0913 - bounds and whether they are meant
     name: str, value: object, low: float, high: float, *, low_open: bool = False, high_open: bool = False
-) -> None:
+) -> float:
     left, right = "(" if low_open else "[", ")" if high_open else "]"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise errors.RequestError(f"{name} must be a number, not {value!r:.40}")
     inside = low < value if low_open else low <= value  # neither holds for NaN
     if not inside or not (value < high if high_open else value <= high):
         raise errors.RequestError(f"{name} is {_shown(value)}", hint=f"it lies in {left}{low:g}, {high:g}{right}")
+    return float(value)
 
 
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
+def _check_whole(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise errors.RequestError(f"{name} must be a whole number, not {value!r:.40}")
     if not low <= value <= high:
         hint = f"it is at least {low}" if value < low else f"it is at most {high}"
         raise errors.RequestError(f"{name} is {_shown(value)}", hint=hint)
+    return int(value)
 
 
 def _shown(value: float) -> str:

@@ -131,6 +131,9 @@ def load_settings(arguments: Mapping[str, object], *, file: Path | None = None, 
     ``file`` is one the caller names; it must exist. ``folder`` is where the command line was called. Raises
     :class:`~tars_core.errors.ConfigError` naming key, origin and, for an unknown key, the nearest known one.
     """
+    for key in arguments:
+        if not isinstance(key, str):
+            raise ConfigError(f"settings have names, not {key!r:.40}")
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     for layer in reversed(list(_layers(arguments, file, folder))):
@@ -209,7 +212,7 @@ def _toml(path: Path, *table: str) -> _Layer:
         values: object = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         values = {}
-    except (OSError, ValueError) as error:  # unreadable, no UTF-8, no TOML
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, no UTF-8, no TOML, nested too deep
         raise ConfigError(f"{path} cannot be read: {error}") from error
     for name in table:
         values = values.get(name, {}) if isinstance(values, dict) else {}
@@ -224,8 +227,10 @@ def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
         if not isinstance(value, bool):
             raise ConfigError(f"setting {_USE}{name} (argument): {value!r} is neither True nor False")
     if use:
-        given = values.get("use")
-        values["use"] = {**(given if isinstance(given, Mapping) else {}), **use}
+        given = values.get("use", {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"setting use (argument): {given!r:.40} is no table of names and true or false")
+        values["use"] = {**given, **use}
     return _in_one_form(values)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,6 +157,27 @@ def test_25_any_number_is_either_within_its_range_or_a_request_error(name: str, 
 def test_a_stop_that_is_neither_a_string_nor_a_list_of_them_is_refused(stop: object) -> None:
     with pytest.raises(RequestError, match=r"^stop must be "):
         sampling(stop=stop)
+
+
+def test_what_is_a_number_or_a_text_by_inheritance_becomes_a_plain_one() -> None:
+    """NumPy's numbers and texts are such; a worker could not be sent them."""
+
+    class Half(float):
+        pass
+
+    class Text(str):
+        __slots__ = ()
+
+    class Few(enum.IntEnum):
+        TWO = 2
+
+    class Role(str, enum.Enum):
+        USER = "user"
+
+    params = sampling(temperature=Half(0.5), max_tokens=Few.TWO, seed=Few.TWO, stop=[Text("x")])
+    assert msgspec.json.decode(msgspec.json.encode(params), type=SamplingParams) == params
+    message = Message(role=Role.USER, content=Text("hi"))  # type: ignore[arg-type]
+    assert msgspec.json.decode(msgspec.json.encode(message), type=Message) == Message(role="user", content="hi")
 
 
 def test_a_single_stop_string_needs_no_list() -> None:

@@ -239,7 +239,11 @@ def _settings(model: str | None, backend: str | None) -> Settings:
     from tars_core.settings import load_settings  # noqa: PLC0415 - --help and --version go without
 
     flags = {key: value for key, value in (("model", model), ("backend", backend)) if value is not None}
-    return load_settings(flags, file=click.get_current_context().find_object(Path), folder=Path.cwd())
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError:
+        raise errors.ConfigError("the current folder has been removed", hint="change to another one") from None
+    return load_settings(flags, file=click.get_current_context().find_object(Path), folder=folder)
 
 
 @contextmanager

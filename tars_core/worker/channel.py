@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 from tars_core import childprocess
 from tars_core.errors import BackendError, ContractError, WorkerDied
@@ -67,17 +67,15 @@ class ProcessChannel(asyncio.SubprocessProtocol):
             await loop.subprocess_exec(
                 lambda: channel, *childprocess.command("tars_core.worker.child"), start_new_session=True
             )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no process, no descriptor, no thread to wait for it
             raise WorkerDied(returncode=None, stderr_tail=f"could not start it: {error}") from error
         return channel
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.SubprocessTransport)  # noqa: S101 - narrows the type
-        self._transport = transport
-        self.pid = transport.get_pid()
-        stdin = transport.get_pipe_transport(0)
-        assert isinstance(stdin, asyncio.WriteTransport)  # noqa: S101
-        self._stdin = stdin
+        # Casts: uvloop's transports have the methods and not the classes.
+        self._transport = cast("asyncio.SubprocessTransport", transport)
+        self.pid = self._transport.get_pid()
+        self._stdin = cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0))
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd != 1:

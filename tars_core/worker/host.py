@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import itertools
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,6 +23,11 @@ from tars_core.worker.protocol import (
     LoadRefused,
     WorkerFrame,
 )
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 if TYPE_CHECKING:
     from tars_core.schema import Message, SamplingParams
@@ -62,7 +68,9 @@ class Request:
         if not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await asyncio.wait_for(self._waiter, timeout_s)
+                # Not wait_for: before Python 3.12 it may lose a cancel that comes together with an event.
+                async with timeout(timeout_s):
+                    await self._waiter
             finally:
                 self._waiter = None
         item = self._items.popleft()
@@ -90,6 +98,7 @@ class Worker:
         self._on_progress: OnProgress | None = None
         self._sign_of_life = 0.0
         self._slots: asyncio.Semaphore | None = None
+        self._closing = False
 
     @property
     def pid(self) -> int | None:
@@ -140,12 +149,15 @@ class Worker:
         """
         assert self._slots is not None  # noqa: S101 - loaded before it is used
         await self._slots.acquire()
-        if self.dead is not None or self._channel is None:
-            self._slots.release()
-            raise WorkerGoneError
         request = Request(self, next(self._ids))
+        try:
+            if self._closing or self.dead is not None or self._channel is None:
+                raise WorkerGoneError
+            self._channel.send(Generate(request_id=request.id, messages=messages, prompt=prompt, sampling=sampling))
+        except BaseException:
+            self._slots.release()
+            raise
         self._requests[request.id] = request
-        self._channel.send(Generate(request_id=request.id, messages=messages, prompt=prompt, sampling=sampling))
         return request
 
     def abandon(self, request: Request) -> None:
@@ -161,12 +173,13 @@ class Worker:
 
     def kill(self, reason: BackendError) -> None:
         """End the process now; whoever still waits on it gets ``reason``, and nobody new comes."""
+        self._on_closed(reason)
         if self._channel is not None:
             self._channel.kill()
-        self._on_closed(reason)
 
     async def close(self) -> None:
-        """End it in good order; return when it is gone."""
+        """End it in good order; return when it is gone. Nobody gets a place any more from here on."""
+        self._closing = True
         if self._channel is not None:
             await self._channel.close()
 

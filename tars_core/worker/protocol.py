@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import msgspec
 
+from tars_core.errors import RequestError
 from tars_core.events import BackendFinished, Progress, TextDelta
 from tars_core.schema import Failure, LoadOptions, Message, ModelRef, SamplingParams
 
@@ -84,12 +85,20 @@ HostFrame: TypeAlias = Load | Generate | Cancel
 WorkerFrame: TypeAlias = LoadProgress | Loaded | LoadRefused | Events
 
 _encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Loaded | Events)
 
 
 def encode(frame: HostFrame | WorkerFrame) -> bytes:
-    """Return the frame as bytes, length first."""
+    """Return the frame as bytes, length first. Raises ``RequestError`` for one that is too large to send."""
     body = _encoder.encode(frame)
+    if len(body) > MAX_FRAME:
+        raise RequestError(f"the request has {len(body)} bytes", hint=f"a worker takes {MAX_FRAME} at most")
     return _LENGTH.pack(len(body)) + body
+
+
+def check(frame: Loaded | Events) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where a field does not hold what it must: nothing else checks plugins."""
+    _decoder.decode(_encoder.encode(frame))
 
 
 F = TypeVar("F")

@@ -13,11 +13,12 @@ import msgspec
 import pluggy
 
 from tars_core import hookspecs
-from tars_core.errors import ContextLengthExceeded, ContractError, GenerationFailed, LoadFailed, TarsError, place_of
+from tars_core.errors import ContextLengthExceeded, ContractError, GenerationFailed, LoadFailed, TarsError, told
 from tars_core.events import BackendEvent, BackendFinished, Progress, TextDelta
 from tars_core.hookspecs import BatchedModel, LoadedModel
 from tars_core.schema import RAW_STOP, Failure, GenerateRequest
 from tars_core.templates import ChatTemplate, render_plain
+from tars_core.worker import protocol
 from tars_core.worker.protocol import (
     Cancel,
     Events,
@@ -62,10 +63,15 @@ def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | N
             if loaded.chat_template
             else None
         )
+        ready = Loaded(device=loaded.device, context_length=loaded.context_length, concurrency=loaded.concurrency)
+        try:
+            protocol.check(ready)
+        except (TypeError, ValueError) as error:
+            raise ContractError(f"{frame.plugin}: its LoadedModel is not sound: {error}") from error
     except TarsError as error:
         send(LoadRefused(failure=Failure.of(error)))
         return
-    send(Loaded(device=loaded.device, context_length=loaded.context_length, concurrency=loaded.concurrency))
+    send(ready)
     prompts = _Prompts(frame.plugin, loaded, template)
     if isinstance(loaded, BatchedModel):
         _BatchLoop(loaded, prompts, send).run(inbox)
@@ -103,7 +109,7 @@ def _load(hooks: pluggy.HookRelay, frame: Load, send: Send, closing: threading.E
 def _told(error: BaseException) -> str:
     """Describe a plugin's own exception by type and place; the whole traceback goes to stderr, for ``tars -vv``."""
     traceback.print_exception(error)
-    return f"{type(error).__name__}: {error}{place_of(error)}"
+    return told(error)
 
 
 class _Prompts:
@@ -164,6 +170,10 @@ class _EventRules:
             raise self.broken(f"events are Progress, TextDelta and Finished, not {type(event).__name__}")
         if isinstance(event, TextDelta) and not event.text:
             raise self.broken("a TextDelta must not be empty")
+        try:
+            protocol.check(Events(items=((0, event),)))
+        except (TypeError, ValueError) as error:
+            raise self.broken(f"a {type(event).__name__} is not sound: {error}") from error
         self.finished = isinstance(event, BackendFinished)
         return event
 
@@ -243,8 +253,20 @@ class _BatchLoop:
                 self._send(Events(items=((frame.request_id, self._prompts.failed(error)),)))
             else:
                 self._active[frame.request_id] = _EventRules(self._prompts.plugin)
-        elif isinstance(frame, Cancel) and frame.request_id in self._active:
-            self._model.cancel(frame.request_id)
+        elif (
+            isinstance(frame, Cancel)
+            and frame.request_id in self._active
+            and (failed := self._cancel(frame.request_id))
+        ):
+            del self._active[frame.request_id]
+            self._send(Events(items=((frame.request_id, failed),)))
+
+    def _cancel(self, request_id: int) -> Failed | None:
+        try:
+            self._model.cancel(request_id)
+        except BaseException as error:  # noqa: BLE001 - it must not take the other requests along
+            return self._prompts.failed(error)
+        return None
 
     def _step(self) -> None:
         items: list[tuple[int, Item]] = []
@@ -266,8 +288,8 @@ class _BatchLoop:
         try:
             item = self._prompts.failed(event) if isinstance(event, Exception) else rules.check(event)
         except ContractError as error:
-            self._model.cancel(request_id)
             item = self._prompts.failed(error)
+            self._cancel(request_id)  # if that fails too, the first failure is what counts
         if isinstance(item, Failed | BackendFinished):
             del self._active[request_id]
         return item
