@@ -255,6 +255,9 @@ class Driver:
             raise LoadFailed(f"{candidate.backend} loaded the model on the CPU, and a GPU is required")
         if self.settings.device == "gpu" and loaded.device == "cpu":
             _log.warning("%s runs on the CPU, not on a GPU; require_device='gpu' forbids it", candidate.backend)
+        wanted = self.settings.context_length
+        if wanted is not None and loaded.context_length < wanted:
+            _log.warning("%s has a context of %d tokens, not of %d", candidate.backend, loaded.context_length, wanted)
         place.worker = worker
         return worker
 

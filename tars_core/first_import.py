@@ -33,6 +33,8 @@ from tars_core.schema import ProbeLimits
 
 _log = logging.getLogger("tars_core.registry")
 _REMEMBER_BAD_S = 3600.0
+_PROBING = b"probing"
+"""The child's word for having come so far; its last line is the verdict."""
 Stage: TypeAlias = Literal["import", "register", "probe"]
 
 
@@ -153,23 +155,28 @@ def _judge(suspect: Suspect, limit_s: float) -> Verdict:
             stderr=words,
             start_new_session=True,
         )
+        late = False
         try:
             child.wait(limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)  # with what it started
             child.wait()
-            return Verdict(stage="import", reason=f"it was not imported within {limit_s:g} s", dangerous=True)
+            late = True
         output.seek(0)
         words.seek(0)
-        try:
-            return msgspec.json.decode(output.read(), type=Verdict)
-        except msgspec.DecodeError:
-            died = WorkerDied(returncode=child.returncode, stderr_tail=words.read().decode(errors="replace"))
-            how = died.signal_name or f"exit code {died.exit_code}"
-            return Verdict(stage="import", reason=f"importing it ended the process ({how})", dangerous=True)
+        lines = output.read().splitlines()
+        with contextlib.suppress(IndexError, msgspec.DecodeError):  # it did not come so far
+            return msgspec.json.decode(lines[-1], type=Verdict)
+        stage: Stage = "probe" if lines and lines[-1] == _PROBING else "import"
+        what = {"import": "importing it", "probe": "its probe"}[stage]
+        if late:
+            return Verdict(stage=stage, reason=f"{what} took longer than {limit_s:g} s", dangerous=True)
+        died = WorkerDied(returncode=child.returncode, stderr_tail=words.read().decode(errors="replace"))
+        how = died.signal_name or f"exit code {died.exit_code}"
+        return Verdict(stage=stage, reason=f"{what} ended the process ({how})", dangerous=True)
 
 
-def _try_out(name: str, target: str) -> Verdict:
+def _try_out(name: str, target: str, output: int) -> Verdict:
     stage: Stage = "import"
     try:
         plugin = hookspecs.import_plugin(target)
@@ -178,6 +185,7 @@ def _try_out(name: str, target: str) -> Verdict:
         manager.register(plugin, name)
         manager.check_pending()
         stage = "probe"
+        os.write(output, _PROBING + b"\n")
         manager.hook.tars_probe(model=None, limits=ProbeLimits(), backend_settings="{}")
     except SystemExit as error:
         return Verdict(stage=stage, reason=f"it called sys.exit({error.code!r})")
@@ -187,10 +195,10 @@ def _try_out(name: str, target: str) -> Verdict:
 
 
 def main() -> None:
-    """Examine the plugin named on the command line; print the verdict as JSON on the real stdout."""
+    """Examine the plugin that the command line names; print how far it comes, and the verdict, on the real stdout."""
     _, write = childprocess.claim_stdio()
     childprocess.exit_with_parent()
-    verdict = _try_out(sys.argv[1], sys.argv[2])
+    verdict = _try_out(sys.argv[1], sys.argv[2], write)
     os.write(write, msgspec.json.encode(verdict))
     os._exit(0)  # threads a plugin started, or its exit handlers, must not turn a good verdict into a hang
 

@@ -10,7 +10,16 @@ import msgspec
 
 from tars_core import ranking, registry, speeds
 from tars_core.errors import BackendUnavailable, ConfigError, PluginError, told
-from tars_core.schema import BackendStatus, Decision, ModelRef, OfferedModel, ProbeLimits, ProbeReport, Rejection
+from tars_core.schema import (
+    BackendStatus,
+    Candidate,
+    Decision,
+    ModelRef,
+    OfferedModel,
+    ProbeLimits,
+    ProbeReport,
+    Rejection,
+)
 from tars_core.settings import Settings, cache_folder, plain_name
 from tars_core.sources import memory
 from tars_core.sources.resolve import ResolvedModel, resolve
@@ -79,23 +88,25 @@ class Planner:
 
     def _discovered(self, *, recheck: bool = False) -> registry.Registry:
         if self._registry is None or (recheck and self._registry.quarantined):
+            choice = registry.Choice.parse(self._settings.plugins)
             self._registry = registry.discover(
-                choice=registry.Choice.parse(self._settings.plugins),
+                choice=choice,
                 cache=cache_folder(),
                 first_import_s=self._settings.limits.import_s,
                 recheck=recheck,
                 extra=self._objects,
             )
             known = {p.name for p in self._registry.plugins} | {q.name for q in self._registry.quarantined}
-            self._warn_of_unknown(known)
+            self._warn_of_unknown(known | self._registry.left_out, choice.allow | choice.deny)
         return self._registry
 
-    def _warn_of_unknown(self, known: set[str]) -> None:
+    def _warn_of_unknown(self, known: set[str], chosen: frozenset[str]) -> None:
         """Tell of settings that name a plugin nobody has: a misspelt name, or one that was uninstalled."""
         settings = self._settings
         named = [(f"backends.{name}", name) for name in settings.backends]
         named += [(f"use.{name}", name) for name, allowed in settings.use.items() if not allowed]
         named += [("prefer", name) for name in settings.prefer]
+        named += [("plugins", name) for name in sorted(chosen)]
         plain = {plain_name(name) for name in known}
         for key, name in named:
             if plain_name(name) not in plain:
@@ -122,6 +133,7 @@ class Planner:
             for key, report in found.probe(questions, limits, self.backend_settings).items()
         }
         candidates, rejected = ranking.rank(reports, self._policy(model, running))
+        candidates, notice = self._without_the_first(model, candidates, reports)
         rejected += tuple(
             Rejection(backend=q.name, reason=f"put aside ({q.stage}): {q.reason}", hint=q.mend)
             for q in found.quarantined
@@ -136,10 +148,28 @@ class Planner:
             raise BackendUnavailable(
                 f"no backend can run {model.name}",
                 reasons={r.backend: r.reason for r in rejected},
-                hint=next((r.hint for r in rejected if r.hint), None)
-                or "tars backends shows what is installed, docs/README.md which backend runs what",
+                hint=next((r.hint for r in rejected if r.hint), None) or "tars backends shows what is installed",
             )
-        return Decision(model=model.name, candidates=candidates, rejected=rejected, notice=model.notice)
+        return Decision(model=model.name, candidates=candidates, rejected=rejected, notice=notice)
+
+    def _without_the_first(
+        self, model: ResolvedModel, candidates: tuple[Candidate, ...], reports: Mapping[ranking.Key, ProbeReport]
+    ) -> tuple[tuple[Candidate, ...], str | None]:
+        """Mark the candidates as other weights, with a notice, where an alias's first model is missing or broken."""
+        others = tuple(msgspec.structs.replace(candidate, degraded=True) for candidate in candidates)
+        if not model.first:
+            return others, model.notice
+        if any(candidate.model in model.first for candidate in candidates):
+            return candidates, model.notice
+        only = self._settings.backend
+        broken = [
+            f"{ref}: {report.reason}"
+            for (name, ref), report in reports.items()
+            if ref in model.first and not report.available and only in (None, name) and not self._settings.forbids(name)
+        ]
+        if not broken or not candidates:
+            return candidates, model.notice
+        return others, f"{broken[0]}: going on with {candidates[0].model}"
 
     def _check_named(self, found: registry.Registry, backends: list[str]) -> None:
         quarantined = {q.name: q for q in found.quarantined}
@@ -148,17 +178,25 @@ class Planner:
             if named in quarantined:
                 q = quarantined[named]
                 raise BackendUnavailable(f"the backend {named} cannot be used", reasons={named: q.reason}, hint=q.mend)
+            self._check_left_out(found, frozenset((named,)))
             near = difflib.get_close_matches(named, backends, n=1)
             raise ConfigError(
                 f"there is no backend {named!r}; installed: {', '.join(backends) or 'none'}",
                 hint=f"did you mean {near[0]}?" if near else "tars backends shows all" if backends else _NO_BACKEND,
             )
         if not backends:
+            if not quarantined:
+                self._check_left_out(found, found.left_out)
             raise BackendUnavailable(
                 "no backend is installed",
                 reasons={name: f"put aside ({q.stage}): {q.reason}" for name, q in quarantined.items()},
                 hint=_NO_BACKEND,
             )
+
+    def _check_left_out(self, found: registry.Registry, wanted: frozenset[str]) -> None:
+        if out := sorted(found.left_out & wanted):
+            given = f"plugins = {self._settings.plugins!r} ({self._settings.origin('plugins')})"
+            raise ConfigError(f"the setting {given} leaves out {', '.join(out)}", hint="change it, or TARS_PLUGINS")
 
     def _policy(self, model: ResolvedModel, running: frozenset[ranking.Key]) -> ranking.Policy:
         return ranking.Policy(
@@ -166,7 +204,7 @@ class Planner:
             only=self._settings.backend,
             forbidden=frozenset(p.name for p in self._discovered().plugins if self._settings.forbids(p.name)),
             models=model.refs,
-            measured_tokens_per_s=speeds.read(cache_folder(), model.name),
+            measured_tokens_per_s=speeds.read(cache_folder(), model.refs),
             free_memory_bytes=memory.free_bytes(),
             running=running,
             require_device=self._settings.require_device,

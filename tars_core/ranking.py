@@ -29,7 +29,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     free_memory_bytes: int | None = None
     running: frozenset[Key] = frozenset()
     """What is loaded already and needs no further memory."""
-    measured_tokens_per_s: Mapping[str, float] = {}
+    measured_tokens_per_s: Mapping[Key, float] = {}
     require_device: str | None = None
 
 
@@ -84,7 +84,7 @@ def _rank_key(
         _user_order(key, policy),
         first_forms.get(report.weights_id, _form(key, policy)[0]),
         0 if report.device not in (None, "cpu") else 1,
-        -policy.measured_tokens_per_s.get(key[0], 0.0),
+        -policy.measured_tokens_per_s.get(key, 0.0),
         -report.preference,
         key[0],
     )
@@ -123,7 +123,7 @@ def _reasons(item: _Item, policy: Policy, first: _Item) -> tuple[str, ...]:
         reasons.append("other weights")
     if report.device is not None:
         reasons.append(f"runs on {report.device}")
-    if (speed := policy.measured_tokens_per_s.get(key[0])) is not None:
+    if (speed := policy.measured_tokens_per_s.get(key)) is not None:
         reasons.append(f"measured {speed:.0f} tokens/s")
     reasons.append(f"preference {report.preference}")
     return tuple(reasons)

@@ -97,6 +97,8 @@ class Registry:
         self._plugins: dict[str, InstalledPlugin] = {}
         self._objects: dict[str, object] = {}
         self.quarantined: list[Quarantined] = []
+        self.left_out: frozenset[str] = frozenset()
+        """Installed, and not admitted by the user's choice."""
 
     @property
     def plugins(self) -> Sequence[InstalledPlugin]:
@@ -224,7 +226,9 @@ def discover(
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the others
             registry.quarantine(given, "register", told(error))
     memory = first_import.Memory(cache / "plugins")
-    installed = [p for p in _entry_points(registry) if choice.admits(p.name)]
+    everything = _entry_points(registry)
+    installed = [p for p in everything if choice.admits(p.name)]
+    registry.left_out = frozenset(p.name for p in everything if not choice.admits(p.name))
     suspects = {p.name: _suspect(p) for p in installed}
     verdicts = {n: v for n, s in suspects.items() if (v := memory.recall(s, trust_bad=not recheck))}
     unknown = [s for n, s in suspects.items() if n not in verdicts]

@@ -160,9 +160,10 @@ class _Layer(NamedTuple):
     def origin(self, key: str) -> str:
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
-            name = (ENV_PREFIX + NESTED.join(parts[:length])).upper()
-            if name in self.variables:
-                return f"{self.place} {name}"
+            for between in (NESTED, "_"):  # TARS_LIMITS__LOAD_S, TARS_USE_OLLAMA
+                name = (ENV_PREFIX + between.join(parts[:length])).upper()
+                if name in self.variables:
+                    return f"{self.place} {name}"
         return self.place
 
 
@@ -181,7 +182,7 @@ def _layers(arguments: Mapping[str, object], file: Path | None, folder: Path | N
 
 
 def _variables(environment: Mapping[str, str], folder: Path | None) -> Iterator[_Layer]:
-    names = _ours(environment)
+    names = _ours(environment, "environment")
     dotenv = folder / ".env" if folder is not None else None
     has_file = dotenv is not None and dotenv.is_file()
     if not names and not has_file:
@@ -192,7 +193,7 @@ def _variables(environment: Mapping[str, str], folder: Path | None) -> Iterator[
     yield _Layer("environment variable", values, names)
     if dotenv is not None and has_file:
         values, found = variables.from_dotenv(dotenv)
-        yield _Layer(f"{dotenv}:", _with_use(values, found), _ours(found))
+        yield _Layer(f"{dotenv}:", _with_use(values, found), _ours(found, str(dotenv)))
 
 
 def _with_use(values: dict[str, object], variables: Mapping[str, str | None]) -> dict[str, object]:
@@ -237,6 +238,9 @@ def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 def _in_one_form(values: dict[str, object]) -> dict[str, object]:
     """Bring what may be written in several ways into one: names between commas, a single reference, ``llama_cpp``."""
     use, prefer, plugins, models = (values.get(key) for key in ("use", "prefer", "plugins", "models"))
+    forbidding = {key[len(_USE) :]: values.pop(key) for key in list(values) if key.startswith(_USE)}
+    if forbidding and isinstance(use, Mapping | None):
+        use = {**(use or {}), **forbidding}
     if isinstance(use, Mapping):
         values["use"] = {plain_name(str(name)): value for name, value in use.items()}
     if isinstance(prefer, str):
@@ -270,17 +274,17 @@ def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def _ours(names: Iterable[str]) -> frozenset[str]:
+def _ours(names: Iterable[str], place: str) -> frozenset[str]:
     """Return the variables meant for TARS.
 
     One that is nearly a setting is refused; another program's own ``TARS_HOME`` is only logged.
     """
     ours = frozenset(name.upper() for name in names if name.upper().startswith(ENV_PREFIX))
-    _check_variables(ours)
+    _check_variables(ours, place)
     return ours
 
 
-def _check_variables(names: frozenset[str]) -> None:
+def _check_variables(names: frozenset[str], place: str) -> None:
     known = [ENV_PREFIX + key.upper() for key in KEYS]
     for name in sorted(names):
         stem = name.partition(NESTED)[0]
@@ -289,10 +293,10 @@ def _check_variables(names: frozenset[str]) -> None:
         table = next((k for k in known if name.startswith(f"{k}_") and k.lower() in _TABLES), None)
         if table:
             key = name.removeprefix(f"{table}_")
-            raise ConfigError(f"unknown setting {name} (environment)", hint=f"did you mean {table}{NESTED}{key}?")
+            raise ConfigError(f"unknown setting {name} ({place})", hint=f"did you mean {table}{NESTED}{key}?")
         near = difflib.get_close_matches(stem, known, n=1, cutoff=0.8)
         if near:
-            raise ConfigError(f"unknown setting {name} (environment)", hint=f"did you mean {near[0]}?")
+            raise ConfigError(f"unknown setting {name} ({place})", hint=f"did you mean {near[0]}?")
         _log.info("the environment variable %s is no setting of TARS", name)
 
 

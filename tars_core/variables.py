@@ -22,7 +22,9 @@ _types["prefer"] = Annotated[tuple[str, ...], pydantic_settings.NoDecode]
 
 
 class _Base(pydantic_settings.BaseSettings):
-    model_config = pydantic_settings.SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter=NESTED)
+    model_config = pydantic_settings.SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter=NESTED, env_ignore_empty=True
+    )
 
 
 _Variables = pydantic.create_model(  # type: ignore[call-overload]  # of a dict mypy does not see that the keys fit

@@ -239,6 +239,27 @@ def test_29_what_a_plugin_starts_and_leaves_behind_does_not_hold_discovery_up(
     assert time.monotonic() - began < 10
 
 
+def test_29_a_probe_that_hangs_at_first_is_named_as_such(planted: Callable[[str], Path]) -> None:
+    planted("import time\nfrom tars_core.plugin import hookimpl\n@hookimpl\ndef tars_probe(): time.sleep(60)\n")
+    with InferenceEngine(plugins="planted", limits={"import_s": 2.0}) as engine:
+        (status,) = engine.backends()
+    assert (status.quarantined, status.reason) == ("probe", "its probe took longer than 2 s")
+
+
+@pytest.mark.parametrize("choice", ["beta", "-alpha"])
+def test_a_backend_that_the_setting_plugins_leaves_out_is_not_called_missing(choice: str) -> None:
+    engine = InferenceEngine(plugins=choice, backend="alpha", model="fake:x")
+    with engine, pytest.raises(ConfigError, match="leaves out alpha"):
+        engine.plan()
+
+
+def test_a_misspelt_name_in_the_setting_plugins_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    engine = InferenceEngine(plugins="alpah", model="fake:x")
+    with engine, pytest.raises(ConfigError, match="leaves out alpha, beta"):
+        engine.plan()
+    assert "alpah, which is not installed; did you mean alpha?" in caplog.text
+
+
 def test_a_link_that_leads_nowhere_in_a_plugins_folder_is_no_matter(planted: Callable[[str], Path]) -> None:
     module = planted("")
     (module.parent / ".#__init__.py").symlink_to("somebody@a-host.1234")  # what Emacs leaves beside an open file

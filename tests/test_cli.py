@@ -56,6 +56,12 @@ def test_a_system_prompt_reaches_the_model(write_script: WriteScript) -> None:
     assert tars("run", "hi", "-m", model, "-s", "be brief").stdout == b"be brief\n\nhi\n"
 
 
+def test_without_stderr_the_answer_still_comes(write_script: WriteScript) -> None:
+    command = f"exec {sys.executable} -m tars_core.cli run hi -m {write_script(alpha=BackendScript())} 2>&-"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "hello\n")
+
+
 def test_json_gives_the_whole_result(write_script: WriteScript) -> None:
     dead = BackendScript(generate=(Kill(),))
     done = tars("run", "hi", "--json", "-m", write_script(alpha=dead, beta=BackendScript()))

@@ -130,6 +130,18 @@ def test_benchmark_measures_each_backend_and_ranking_follows(write_script: Write
     assert any("measured" in reason for reason in after["candidates"][0]["reasons"])
 
 
+def test_a_measured_speed_belongs_to_the_model_and_not_to_what_it_was_called(
+    write_script: WriteScript, tmp_path: Path
+) -> None:
+    quick = BackendScript(generate=(Say("a"), Wait(0.02), Say("b"), Finish()))
+    model, other = write_script(alpha=quick), write_script(alpha=quick)
+    (tmp_path / "tars.toml").write_text(f"[models]\nmine = ['{model}']\n")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    tars("benchmark", model, environment=environment, cwd=tmp_path)
+    assert "tokens/s" in tars("plan", "mine", environment=environment, cwd=tmp_path).stdout
+    assert "tokens/s" not in tars("plan", other, environment=environment, cwd=tmp_path).stdout
+
+
 def test_benchmark_fails_where_no_backend_answers(write_script: WriteScript) -> None:
     broken = BackendScript(generate=(Raise("GenerationFailed", "no"),))
     assert "failed" in tars("benchmark", write_script(alpha=broken), code=1).stdout

@@ -289,6 +289,13 @@ def test_a_program_may_end_without_closing_its_engine(write_script: Callable[...
     assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
 
 
+def test_a_shorter_context_than_was_asked_for_is_told(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_engine(options={"context_length": 10**9}, alpha=BackendScript()).generate("hi")
+    assert "alpha has a context of" in caplog.text
+
+
 def test_who_asked_for_a_gpu_is_told_that_the_model_runs_on_the_cpu(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -288,6 +288,19 @@ def test_an_answer_from_other_weights_is_marked(make_engine: MakeEngine) -> None
     assert finished.completion.degraded
 
 
+@pytest.mark.parametrize("first", ["missing", "broken"])
+def test_an_answer_in_place_of_an_aliass_first_model_is_marked_and_says_why(
+    write_script: Callable[..., str], tmp_path: Path, first: str
+) -> None:
+    broken = write_script(alpha=BackendScript(available=False, reason="it is cut short"))
+    refs = [{"missing": str(tmp_path / "absent.gguf"), "broken": broken}[first], write_script(alpha=BackendScript())]
+    with InferenceEngine(models={"mine": refs}, model="mine", plugins="alpha") as engine:
+        completion = engine.complete("hi")
+    assert completion.degraded
+    assert refs[0].removeprefix("fake:") in (completion.decision.notice or "")
+    assert {"missing": "there is no file", "broken": "it is cut short"}[first] in (completion.decision.notice or "")
+
+
 def test_a_backend_that_ignores_a_cancel_is_ended_and_the_next_request_works(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,18 +55,18 @@ def test_the_preference_comes_before_the_name() -> None:
 
 def test_own_measured_speed_comes_before_the_preference() -> None:
     reports = one_form(a=report(preference=90), b=report(preference=10))
-    assert order(reports, measured_tokens_per_s={"a": 10.0, "b": 20.0}) == ["b", "a"]
+    assert order(reports, measured_tokens_per_s={("a", FIRST): 10.0, ("b", FIRST): 20.0}) == ["b", "a"]
 
 
 def test_a_backend_never_measured_comes_after_the_measured_ones() -> None:
     reports = one_form(a=report(preference=90), b=report(preference=10))
-    assert order(reports, measured_tokens_per_s={"b": 0.5}) == ["b", "a"]
+    assert order(reports, measured_tokens_per_s={("b", FIRST): 0.5}) == ["b", "a"]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "metal", "vulkan"])
 def test_a_real_device_comes_before_the_cpu_whatever_was_measured(device: str) -> None:
     reports = one_form(a=report(preference=90), b=report(preference=10, device=device))
-    assert order(reports, measured_tokens_per_s={"a": 50.0, "b": 5.0}) == ["b", "a"]
+    assert order(reports, measured_tokens_per_s={("a", FIRST): 50.0, ("b", FIRST): 5.0}) == ["b", "a"]
 
 
 def test_a_backend_that_does_not_know_its_device_is_not_taken_for_a_fast_one() -> None:
@@ -196,7 +196,7 @@ def test_nothing_asked_nothing_ranked() -> None:
 
 def test_every_fact_that_decided_is_among_the_reasons() -> None:
     reports = {("a", FIRST): report(device="cuda"), ("b", SECOND): report(weights_id="v", preference=70)}
-    wishes = {"order": ("x", "a"), "measured_tokens_per_s": {"a": 41.7}}
+    wishes = {"order": ("x", "a"), "measured_tokens_per_s": {("a", FIRST): 41.7}}
     first, second = rank(reports, policy(**wishes))[0]
     assert first.reasons == ("your order: 2.", "runs on cuda", "measured 42 tokens/s", "preference 50")
     assert second.reasons == ("other weights", "runs on cpu", "preference 70")
@@ -229,7 +229,7 @@ POLICIES = st.builds(
     models=st.permutations(FORMS).map(tuple),
     free_memory_bytes=st.sampled_from([None, 2 * GIB]),
     running=st.frozensets(KEYS, max_size=1),
-    measured_tokens_per_s=st.dictionaries(st.sampled_from(BACKENDS), st.sampled_from([1.0, 2.0])),
+    measured_tokens_per_s=st.dictionaries(KEYS, st.sampled_from([1.0, 2.0])),
     require_device=st.sampled_from([None, "gpu"]),
 )
 ASKED = st.dictionaries(KEYS, REPORTS, max_size=8)

@@ -349,3 +349,22 @@ def test_a_variable_with_one_underscore_too_few_is_told_the_right_one(monkeypatc
     with pytest.raises(ConfigError) as caught:
         load_settings({})
     assert caught.value.hint == "did you mean TARS_LIMITS__LOAD_S?"
+
+
+def test_a_file_may_forbid_a_backend_with_the_keyword_that_the_engine_takes(write_user_file: WriteUserFile) -> None:
+    path = write_user_file("use_llama_cpp = false")
+    assert load().forbids("llamacpp")
+    write_user_file("use_llama_cpp = 5")
+    assert f"setting use.llamacpp ({path})" in refusal().message
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TARS_CONCURRENCY", "")
+    monkeypatch.setenv("TARS_MODEL", "")
+    assert load() == Settings()
+
+
+def test_what_is_wrong_in_a_dotenv_file_is_told_of_that_file(folder: Path) -> None:
+    (folder / ".env").write_text("TARS_MODLE=x\n")
+    with pytest.raises(ConfigError, match=r"unknown setting TARS_MODLE \(.*/\.env\)"):
+        load_settings({}, folder=folder)

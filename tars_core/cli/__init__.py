@@ -37,7 +37,7 @@ def main() -> NoReturn:
 
         code = app.run(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped\n")
+        sys.stderr.write("\nstopped\n" if sys.stderr.isatty() else "stopped\n")  # a terminal shows ^C before it
         code = _INTERRUPTED
     except output.ReaderGoneError:
         output.drop()

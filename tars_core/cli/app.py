@@ -52,6 +52,10 @@ def _exit_code(error: errors.TarsError) -> int:
             return _WRONG
         case errors.BackendUnavailable() | errors.ModelNotFound():
             return _NOTHING_RUNS
+        case errors.AllBackendsFailed(attempts=attempts) if {a.failure.kind for a in attempts if a.failure} == {
+            "ModelNotFound"
+        }:
+            return _NOTHING_RUNS
     return _FAILED
 
 

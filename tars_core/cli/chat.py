@@ -63,8 +63,7 @@ class Conversation:
                     if not self._command(line):
                         break
                 elif line.strip():
-                    with self._bar:
-                        self._answer(line)
+                    self._answer(line)
         return not self._failed
 
     def _begin(self, system: str | None) -> None:
@@ -74,8 +73,12 @@ class Conversation:
         try:
             return input(_PROMPT if self._interactive else "")
         except EOFError:
+            if self._interactive:
+                click.echo(err=True)  # the prompt's line is still open
             return None
         except KeyboardInterrupt:
+            if not self._interactive:
+                raise
             click.echo("\n(Ctrl-D or /quit leaves)", err=True)
             return ""
 
@@ -104,17 +107,11 @@ class Conversation:
         cut = False
         self._turns.append(Message(role="user", content=line))
         try:
-            for event in self._engine.stream(messages=self._turns, **self._sampling):
-                match event:
-                    case Started(decision=decision) if decision.notice and len(self._turns) == 1:
-                        click.secho(f"note: {decision.notice}", err=True, dim=True)
-                    case TextDelta(text=text):
-                        said.append(text)
-                        output.write(answer.shown(text))
-                    case Finished(completion=completion):
-                        self._stats = answer.summary(completion)
-                        cut = completion.finish_reason == "length"
+            with self._bar:
+                cut = self._show(said)
         except KeyboardInterrupt:
+            if not self._interactive:
+                raise
             click.secho("  (stopped)", err=True, dim=True)
         except ContextLengthExceeded as error:
             self._failed = True
@@ -129,6 +126,20 @@ class Conversation:
             self._turns.append(Message(role="assistant", content="".join(said)))
         else:
             self._turns.pop()
+
+    def _show(self, said: list[str]) -> bool:
+        """Print the answer as it grows, and add it to ``said``; say whether it was cut."""
+        for event in self._engine.stream(messages=self._turns, **self._sampling):
+            match event:
+                case Started(decision=decision) if decision.notice and len(self._turns) == 1:
+                    click.secho(f"note: {decision.notice}", err=True, dim=True)
+                case TextDelta(text=text):
+                    said.append(text)
+                    output.write(answer.shown(text))
+                case Finished(completion=completion):
+                    self._stats = answer.summary(completion)
+                    return completion.finish_reason == "length"
+        return False
 
 
 @contextlib.contextmanager

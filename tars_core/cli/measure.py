@@ -14,7 +14,7 @@ from tars_core.cli import output
 from tars_core.cli.plain import dump
 from tars_core.engine import InferenceEngine
 from tars_core.errors import TarsError
-from tars_core.schema import Completion
+from tars_core.schema import Completion, ModelRef
 from tars_core.settings import Settings, cache_folder
 
 _PROMPT = "¿Cuál es tu nombre?"
@@ -26,6 +26,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """One backend's figures; of several warm runs, the median."""
 
     backend: str
+    model: ModelRef | None = None
     device: str | None = None
     load_s: float | None = None
     first_token_s: float | None = None
@@ -41,9 +42,8 @@ def benchmark(settings: Settings, *, as_json: bool) -> bool:
     names = list(dict.fromkeys(candidate.backend for candidate in decision.candidates))
     with click.progressbar(names, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         measured = [_measure(settings, name) for name in bar]
-    speeds.keep(
-        cache_folder(), decision.model, {m.backend: m.tokens_per_s for m in measured if m.tokens_per_s is not None}
-    )
+    known = {(m.backend, m.model): m.tokens_per_s for m in measured if m.model is not None}
+    speeds.keep(cache_folder(), {key: speed for key, speed in known.items() if speed is not None})
     if as_json:
         output.write(dump({"model": decision.model, "tokens": _TOKENS, "backends": measured}))
     else:
@@ -62,6 +62,7 @@ def _measure(settings: Settings, backend: str) -> Measured:
     completion, total_s = warm
     return Measured(
         backend=backend,
+        model=completion.model,
         device=completion.device,
         load_s=cold.timings.load_s,
         first_token_s=completion.timings.ttft_s,

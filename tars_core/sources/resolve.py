@@ -18,6 +18,8 @@ class ResolvedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     refs: tuple[ModelRef, ...]
+    first: tuple[ModelRef, ...]
+    """Those of them that are the first model of an alias; empty where that is missing."""
     weights_ids: Mapping[ModelRef, str | None]
     """Forms whose weights the provider vouches for; the others speak through the probe."""
     notice: str | None = None
@@ -45,31 +47,35 @@ def resolve(
         return ResolvedModel(
             name=str(DEMO),
             refs=demo.refs,
+            first=demo.refs,
             weights_ids=dict.fromkeys(demo.refs, demo.weights_id),
             notice=demo.notice,
         )
     names = aliases.get(wanted, (wanted,))
     if not names:
         raise ModelNotFound(f"the alias {wanted} lists no model", hint=f"write references into models.{wanted}")
-    refs: list[ModelRef] = []
+    forms: list[tuple[ModelRef, ...]] = []
     weights_ids: dict[ModelRef, str | None] = {}
     missing: list[ModelNotFound] = []
+    lacking: set[ModelRef] = set()
     for ref in map(ModelRef.parse, names):
         model = offered.get(ref)
         if model is not None:
-            refs += model.refs
+            forms.append(model.refs)
             weights_ids |= dict.fromkeys(model.refs, model.weights_id)
             continue
         try:
             _check(ref, aliases, offered)
-            refs.append(ref)
+            forms.append((ref,))
         except ModelNotFound as error:
             missing.append(error)
-    if not refs:
+            lacking.add(ref)
+    if not forms:
         raise missing[0]
     return ResolvedModel(
         name=wanted,
-        refs=tuple(dict.fromkeys(refs)),
+        refs=tuple(dict.fromkeys(ref for refs in forms for ref in refs)),
+        first=() if ModelRef.parse(names[0]) in lacking else forms[0],
         weights_ids=weights_ids,
         notice=f"{'; '.join(error.message for error in missing)}: going on without" if missing else None,
     )

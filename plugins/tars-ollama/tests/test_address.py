@@ -39,6 +39,8 @@ from tars_ollama.client import Client
         ("1.2.3.4:", "http://1.2.3.4:11434"),
         ("http://1.2.3.4:66000", "http://1.2.3.4:80"),
         ("https://1.2.3.4:port", "https://1.2.3.4:443"),
+        ("http://me:secret@1.2.3.4:1234", "http://1.2.3.4:1234"),
+        ("me:secret@localhost:1234", "http://localhost:1234"),
     ],
 )
 def test_every_form_that_ollama_takes_is_understood(text: str, url: str) -> None:

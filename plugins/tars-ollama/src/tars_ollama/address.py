@@ -32,7 +32,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
             scheme, rest = ("https", "ollama.com:443") if text == "ollama.com" else ("http", text)
         default = _SCHEME_PORTS.get(scheme, _PORT) if separator else _PORT
         place, slash, path = rest.partition("/")
-        host, port = _split(place)
+        host, port = _split(place.rpartition("@")[2])  # a user's name and password are dropped, as Ollama does
         valid = port is not None and _PORT_DIGITS.fullmatch(port) and int(port) < 2**16
         return cls(
             scheme=scheme,

@@ -99,7 +99,8 @@ def read_fault(status: int, body: bytes, *, retry_after: str | None = None) -> F
     try:
         value: object = msgspec.json.decode(body)
     except (ValueError, RecursionError):  # plain text, a proxy's page, or nothing
-        value = {"error": body.decode(errors="replace").strip()}
+        text = body.decode(errors="replace").strip()
+        value = {"error": "a page of HTML; what answers there is not Ollama" if text.startswith("<") else text}
     return told(value, status=status, retry_after=retry_after)
 
 

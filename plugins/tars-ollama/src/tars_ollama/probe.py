@@ -11,7 +11,8 @@ from tars_ollama.address import Address
 from tars_ollama.ask import NoAnswer, Reply, ask, in_time
 from tars_ollama.failures import read_fault
 
-_OK = 200
+_OK, _NOT_FOUND = 200, 404
+_OTHER = "what answers there is not Ollama"
 _PREFERENCE = 50  # llama.cpp beneath, as with the others, but behind a socket and a queue
 _START = "ollama serve"
 
@@ -22,7 +23,9 @@ def daemon(address: Address, deadline_s: float) -> ProbeReport:
         reply = ask(address, "/api/version", deadline_s=deadline_s)
     except NoAnswer as failure:
         return _absent(address, str(failure))
-    return ProbeReport(available=True, deviations=_DEVIATIONS) if reply.status == _OK else _refused(address, reply)
+    if reply.status == _OK:
+        return ProbeReport(available=True, deviations=_DEVIATIONS)
+    return _absent(address, _OTHER) if reply.status == _NOT_FOUND else _refused(address, reply)
 
 
 _DEVIATIONS = (
@@ -46,7 +49,7 @@ def named(name: str, address: Address, deadline_s: float) -> ProbeReport:
     except NoAnswer as failure:
         return _absent(address, str(failure))
     except ValueError:
-        return _absent(address, "what answers there is not Ollama")
+        return _absent(address, _OTHER)
     if not show.generates:
         return ProbeReport(available=False, reason=f"it writes no text; it can {', '.join(show.capabilities or ())}")
     from tars_ollama import store  # noqa: PLC0415 - not where the daemon is off
