@@ -30,6 +30,7 @@ def main() -> NoReturn:
     if sys.argv[1:] in (["--version"], ["-V"]):
         sys.stdout.write(f"tars {__version__}\n")  # a fifth of the time: importing click alone takes 60 ms
         sys.exit(0)
+    output.ensure_stderr()
     # Nothing of what is imported is ever garbage: looking for some takes a fifth of what `tars backends` takes.
     gc.disable()
     try:

@@ -18,12 +18,16 @@ class ReaderGoneError(Exception):
     """
 
 
+def ensure_stderr() -> None:
+    """Open one where it is closed, as ``2>&-`` does: nobody wants to read it, and everything writes to it."""
+    if sys.stderr is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w")
+
+
 def claim_stdout() -> None:
     """Keep stdout for :func:`write`; what a plugin or a native library prints lands on stderr."""
     global _out  # noqa: PLW0603 - a process has one stdout
-    if sys.stderr is None:  # closed, as 2>&- does: nobody wants to read it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        sys.stderr = os.fdopen(2, "w")
     if sys.stdout is None:
         raise TarsError("stdout is closed", hint="send the output to a file, or to /dev/null")
     sys.stdout.flush()

@@ -45,7 +45,7 @@ def ask(address: Address, path: str, body: object = None, *, deadline_s: float) 
         return question.reply
     if thread.is_alive():
         question.abandon()
-        raise NoAnswer(f"no answer within {deadline_s:.1f} s")
+        raise NoAnswer(_late(deadline_s))
     raise NoAnswer(question.failure)
 
 
@@ -56,6 +56,10 @@ def in_time(function: Callable[[], T], deadline_s: float) -> T | None:
     thread.start()
     thread.join(deadline_s)
     return results[0] if results else None
+
+
+def _late(deadline_s: float) -> str:
+    return f"no answer within {deadline_s:.1f} s"
 
 
 class _Question:
@@ -73,6 +77,8 @@ class _Question:
             self.reply = self._asked()
         except ConnectionRefusedError:
             self.failure = "nothing listens there"
+        except TimeoutError:
+            self.failure = _late(self._limit_s)
         except OSError as error:
             self.failure = error.strerror or str(error) or type(error).__name__
         except Exception as error:  # noqa: BLE001 - http.client raises HTTPException, ValueError, UnicodeError and more
