@@ -159,6 +159,7 @@ def test_the_worker_ends_within_a_second_of_its_hosts_death() -> None:
 
 
 def test_ctrl_c_while_it_streams_stops_the_command_and_keeps_the_text() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background ignores it, and hands that on
     command = [sys.executable, "-m", "tars_core.cli", "run", "-m", str(GGUF), "-b", "xllamacpp", "xyzzy"]
     options = ["--temperature", "10", "--max-tokens", "450", "--seed", "3"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
