@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 import msgspec
 
@@ -147,7 +147,7 @@ def examine(suspects: Sequence[Suspect], *, limit_s: float) -> dict[str, Verdict
 
 def _judge(suspect: Suspect, limit_s: float) -> Verdict:
     # Files, not pipes: something the plugin started may hold a pipe open long after the process has ended.
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as words:
+    with _scratch_file() as output, _scratch_file() as words:
         child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             childprocess.command("tars_core.first_import", suspect.name, suspect.target),
             stdin=subprocess.DEVNULL,
@@ -174,6 +174,11 @@ def _judge(suspect: Suspect, limit_s: float) -> Verdict:
         died = WorkerDied(returncode=child.returncode, stderr_tail=words.read().decode(errors="replace"))
         how = died.signal_name or f"exit code {died.exit_code}"
         return Verdict(stage=stage, reason=f"{what} ended the process ({how})", dangerous=True)
+
+
+def _scratch_file() -> IO[bytes]:
+    """Return a file without a name; in memory where the system can, since no folder may be writable."""
+    return os.fdopen(os.memfd_create("tars"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 def _try_out(name: str, target: str, output: int) -> Verdict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -237,6 +238,16 @@ def test_29_what_a_plugin_starts_and_leaves_behind_does_not_hold_discovery_up(
     with InferenceEngine(model=write_script(alpha=BackendScript()), plugins="alpha,planted") as engine:
         assert engine.generate("hi") == "hello"
     assert time.monotonic() - began < 10
+
+
+def test_18_without_a_folder_for_temporary_files_plugins_are_found_all_the_same(
+    planted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted("")
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    with InferenceEngine(plugins="planted") as engine:
+        (status,) = engine.backends()
+    assert status.quarantined is None
 
 
 def test_29_a_probe_that_hangs_at_first_is_named_as_such(planted: Callable[[str], Path]) -> None:
