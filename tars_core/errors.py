@@ -171,7 +171,7 @@ class StreamInterrupted(TarsError):
     def __init__(self, *, partial_text: str, backend: str, cause: TarsError) -> None:
         super().__init__(
             f"{backend} failed after {len(partial_text)} characters were delivered: {cause.message}",
-            hint="ask again for a new answer; partial_text holds this one as far as it came",
+            hint="ask again for a new answer",
         )
         self.partial_text = partial_text
         self.backend = backend
