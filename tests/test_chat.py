@@ -162,16 +162,20 @@ def test_what_was_typed_is_there_again_the_next_time(
     assert second.end() == 0
 
 
-def test_over_a_pipe_each_line_is_a_turn_and_stdout_holds_the_answers_alone(write_script: WriteScript) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tars_core.cli", "chat", "-m", write_script(alpha=ECHO)],
-        input="one\n\ntwo\n",
+def piped(text: str, model: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tars_core.cli", "chat", "-m", model],
+        input=text,
         capture_output=True,
         text=True,
         env={**os.environ, "TARS_PLUGINS": "alpha"},
         timeout=60,
         check=False,
     )
+
+
+def test_over_a_pipe_each_line_is_a_turn_and_stdout_holds_the_answers_alone(write_script: WriteScript) -> None:
+    done = piped("one\n\ntwo\n", write_script(alpha=ECHO))
     assert (done.returncode, done.stdout, done.stderr) == (0, "u=one;\nu=one;a=u=one;;u=two;\n", "")
 
 
@@ -179,16 +183,25 @@ def test_over_a_pipe_a_turn_that_was_not_answered_shows_in_the_exit_code(
     write_script: WriteScript, tmp_path: Path
 ) -> None:
     script = BackendScript(generate=(Kill(once=str(tmp_path / "died")), Echo(), Finish()), chat_template=TURNS)
-    done = subprocess.run(
-        [sys.executable, "-m", "tars_core.cli", "chat", "-m", write_script(alpha=script)],
-        input="one\ntwo\n",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TARS_PLUGINS": "alpha"},
-        timeout=60,
-        check=False,
-    )
+    done = piped("one\ntwo\n", write_script(alpha=script))
     assert (done.returncode, done.stdout) == (1, "u=two;\n")
+
+
+def test_over_a_pipe_ctrl_c_ends_the_program_while_it_waits_for_a_line(write_script: WriteScript) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tars_core.cli", "chat", "-m", write_script(alpha=ECHO)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TARS_PLUGINS": "alpha"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"one\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"u=one;\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
 
 
 def test_the_loading_bar_leaves_the_prompt_alone_once_nobody_waits(chat: Callable[[BackendScript], Terminal]) -> None:

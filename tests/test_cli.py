@@ -56,6 +56,11 @@ def test_a_system_prompt_reaches_the_model(write_script: WriteScript) -> None:
     assert tars("run", "hi", "-m", model, "-s", "be brief").stdout == b"be brief\n\nhi\n"
 
 
+def test_a_model_that_no_backend_finds_when_it_loads_it_is_one_that_is_not_there(write_script: WriteScript) -> None:
+    done = tars("run", "hi", "-m", write_script(alpha=BackendScript(load=(Raise("ModelNotFound", "not here"),))))
+    assert (done.returncode, done.stdout) == (3, b"")
+
+
 def test_without_stderr_the_answer_still_comes(write_script: WriteScript) -> None:
     command = f"exec {sys.executable} -m tars_core.cli run hi -m {write_script(alpha=BackendScript())} 2>&-"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tars_core import InferenceEngine
 from tars_core.errors import ConfigError
 from tars_core.settings import KEYS, Settings, load_settings, user_file
 
@@ -214,6 +216,21 @@ def test_another_programs_variable_is_left_alone(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("key", ["_env_file", "_cli_parse_args", "_case_sensitive", "_secrets_dir", "origins"])
 def test_the_options_of_the_library_underneath_are_no_settings(key: str) -> None:
     assert f"unknown setting {key}" in refusal({key: True}).message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"config": {1: 2}}, "settings have names, not 1"),
+        ({"model": 5}, "model must be a path or a name, not 5"),
+        ({"settings_file": 5}, "settings_file must be a path or a name, not 5"),
+        ({"config": {"use": 5}, "use_alpha": False}, r"setting use \(argument\): 5"),
+    ],
+    ids=str,
+)
+def test_an_engine_refuses_arguments_of_the_wrong_type(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        InferenceEngine(**arguments)
 
 
 # ---- values that cannot be meant ---------------------------------------------------------------

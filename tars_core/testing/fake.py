@@ -27,6 +27,7 @@ from tars_core.plugin import (
     LoadedModel,
     LoadFailed,
     LoadOptions,
+    ModelNotFound,
     ModelRef,
     OutOfMemory,
     ProbeLimits,
@@ -40,7 +41,8 @@ from tars_core.plugin import (
 )
 
 _ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (GenerationFailed, LoadFailed, OutOfMemory, RequestError, RuntimeError, MemoryError)
+    kind.__name__: kind
+    for kind in (GenerationFailed, LoadFailed, ModelNotFound, OutOfMemory, RequestError, RuntimeError, MemoryError)
 }
 _BASE_ERRORS: dict[str, type[BaseException]] = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}
 

@@ -79,6 +79,16 @@ class TestADaemonThatIsOff:
         assert "ollama serve" in {rejection.hint for rejection in completion.decision.rejected}
 
 
+@pytest.mark.parametrize("model", [None, "ollama:tiny"])
+def test_a_page_of_html_is_not_taken_for_ollama(daemon: StandIn, model: str | None) -> None:
+    head = b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nContent-Length: 15\r\n\r\n"
+    for path in ("/api/version", "/api/show"):
+        daemon.on(path, sending(head + b"<!DOCTYPE HTML>"))
+    report = probe() if model is None else probe(model)
+    assert "what answers there is not Ollama" in (report.reason or "")
+    assert "<" not in (report.reason or "")
+
+
 class TestADaemonThatIsWedged:
     def test_is_unavailable_within_the_deadline(self, daemon: StandIn) -> None:
         daemon.on("/api/version", lambda client, _: client.hang())
