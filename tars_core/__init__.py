@@ -16,12 +16,13 @@ from tars_core._version import __version__
 
 if TYPE_CHECKING:
     from tars_core.engine import InferenceEngine
-    from tars_core.errors import (
-        AllBackendsFailed,
+    from tars_core.runtime.streams import AsyncStream, Stream
+    from tars_core.types.errors import (
         BackendError,
         BackendUnavailable,
         ConfigError,
         ContextLengthExceeded,
+        ContextShrunk,
         ContractError,
         DeadlineExceeded,
         EngineClosed,
@@ -36,23 +37,33 @@ if TYPE_CHECKING:
         TarsError,
         WorkerDied,
     )
-    from tars_core.events import Finished, Started, StreamEvent, TextDelta
-    from tars_core.schema import (
-        Attempt,
-        BackendStatus,
+    from tars_core.types.events import (
+        Finished,
+        ReasoningDelta,
+        Started,
+        StreamEvent,
+        TextDelta,
+        ToolCallDelta,
+    )
+    from tars_core.types.failures import AllBackendsFailed, Attempt, Failure
+    from tars_core.types.messages import Image, Message, Text, ToolCall
+    from tars_core.types.models import ModelRef, OfferedModel
+    from tars_core.types.reports import BackendStatus, LoadedStatus, ProbeReport
+    from tars_core.types.request import SamplingParams
+    from tars_core.types.results import (
         Candidate,
         Completion,
         Decision,
-        Message,
-        ModelRef,
-        ProbeReport,
-        SamplingParams,
+        Embeddings,
+        Rejection,
         Timings,
+        TokenLogprob,
         Usage,
     )
 
 __all__ = [
     "AllBackendsFailed",
+    "AsyncStream",
     "Attempt",
     "BackendError",
     "BackendStatus",
@@ -61,35 +72,59 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextLengthExceeded",
+    "ContextShrunk",
     "ContractError",
     "DeadlineExceeded",
     "Decision",
+    "Embeddings",
     "EngineClosed",
+    "Failure",
     "Finished",
     "GenerationFailed",
+    "Image",
     "InferenceEngine",
     "LoadFailed",
+    "LoadedStatus",
     "Message",
     "ModelNotFound",
     "ModelRef",
+    "OfferedModel",
     "OutOfMemory",
     "Overloaded",
     "PluginError",
     "ProbeReport",
+    "ReasoningDelta",
+    "Rejection",
     "RequestError",
     "SamplingParams",
     "Started",
+    "Stream",
     "StreamEvent",
     "StreamInterrupted",
     "TarsError",
+    "Text",
     "TextDelta",
     "Timings",
+    "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "WorkerDied",
     "__version__",
 ]
 
-_HOMES = ("errors", "schema", "events", "engine")
+_HOMES = (
+    "types.errors",
+    "types.failures",
+    "types.messages",
+    "types.models",
+    "types.reports",
+    "types.request",
+    "types.results",
+    "types.events",
+    "runtime.streams",
+    "engine",
+)
 """Where the names live, the cheapest to import first."""
 
 

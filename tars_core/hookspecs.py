@@ -6,8 +6,8 @@ A plugin is a module or an object that implements a subset of these hooks, marke
     [project.entry-points."tars.plugins.v1"]
     echo = "tars_echo"
 
-The host process calls ``tars_probe`` and ``tars_models``; ``tars_load``, ``tars_generate`` and ``tars_unload`` run
-in a worker process of their own. Each call goes to one plugin only.
+The host process calls ``tars_probe``, ``tars_models`` and ``tars_settings``; ``tars_load``, ``tars_generate``,
+``tars_embed`` and ``tars_unload`` run in a worker process of their own. Each call goes to one plugin only.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import pluggy
 
-from tars_core.events import BackendEvent
-from tars_core.schema import (
-    GenerateRequest,
-    LoadOptions,
-    ModelRef,
-    OfferedModel,
-    ProbeLimits,
-    ProbeReport,
-)
+from tars_core.system import processors
+from tars_core.types.events import BackendEvent
+from tars_core.types.models import ModelRef, OfferedModel
+from tars_core.types.public import Public
+from tars_core.types.reports import ProbeLimits, ProbeReport
+from tars_core.types.request import EmbedRequest, GenerateRequest, Task
+from tars_core.types.results import Embeddings
 
 if TYPE_CHECKING:
     import pydantic  # a third of a second, and no worker needs it
@@ -46,6 +44,33 @@ ProgressCallback: TypeAlias = Callable[[float, str], None]
 """``progress(fraction, note)``: 0 to 1, and what is going on. Every call counts as a sign of life."""
 
 
+BASIC_FEATURES: frozenset[str] = frozenset({"raw", "chat", "continue", "seed"})
+"""What every model can do, unless it states otherwise: the core renders the template, and a seed is to be honoured."""
+
+
+class LoadOptions(Public, frozen=True, kw_only=True):
+    """How to load. ``None`` leaves the choice to the backend."""
+
+    task: Task = "generate"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    context_length: int | None = None
+    threads: int | None = None
+    gpu_layers: int | None = None
+    concurrency: int = 4
+    """Requests that shall run at once."""
+    allow_download: bool = False
+    backend_settings: str = "{}"
+    """The backend's own settings, ``[backends.NAME]``, as JSON that its ``tars_settings`` model has accepted."""
+
+    @property
+    def cpu_threads(self) -> int:
+        """``threads``, else half of the processors this process may use: two of them are mostly one core.
+
+        A container's quota counts: never more threads than it allows.
+        """
+        return self.threads or max(1, processors.usable() // 2)
+
+
 class LoadedModel:
     """A model in memory. Derive from it to hold whatever the backend needs to run it.
 
@@ -57,9 +82,10 @@ class LoadedModel:
         Requests it runs at once; the engine never hands it more.
     chat_template, bos_token, eos_token
         The model's own jinja template and the texts of the two tokens; no template: prompts stay plain text.
-    renders_chat
-        Whether the backend puts messages into the model's form itself, with a template that cannot be handed out:
-        ``request.messages`` is filled then, and ``request.prompt`` empty, unless the caller gave a raw prompt.
+    features
+        What it can do, as a fact; the names are those of :data:`~tars_core.types.features.FEATURES`. With
+        ``renders_chat`` the backend puts messages into the model's form itself, with a template that cannot be handed
+        out: ``request.messages`` is filled then, and ``request.prompt`` empty, unless the caller gave a raw prompt.
     adds_bos
         Whether its tokenizer puts a BOS token in front of every text.
     context_shrunk
@@ -73,8 +99,8 @@ class LoadedModel:
         device: str,
         context_length: int,
         concurrency: int = 1,
+        features: frozenset[str] = BASIC_FEATURES,
         chat_template: str | None = None,
-        renders_chat: bool = False,
         bos_token: str = "",
         eos_token: str = "",
         adds_bos: bool = False,
@@ -84,22 +110,36 @@ class LoadedModel:
         self.context_length = context_length
         self.concurrency = concurrency
         self.chat_template = chat_template
-        self.renders_chat = renders_chat
+        self.features = features
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.adds_bos = adds_bos
         self.context_shrunk = context_shrunk
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        """Return the tokens of a prompt, as generation would read it. Called from any thread.
+
+        Only with the feature ``tokenize``.
+        """
+        raise NotImplementedError
 
 
 @runtime_checkable
 class BatchedModel(Protocol):
     """A :class:`LoadedModel` that runs many requests in one loop, instead of ``tars_generate``.
 
-    All three methods are called from one thread. What a step returns is sent as one frame.
+    ``submit``, ``step`` and ``cancel`` are called from one thread. What a step returns is sent as one frame.
     """
 
-    def submit(self, request_id: int, request: GenerateRequest) -> None:
-        """Take a request up; raise a :class:`~tars_core.errors.RequestError` to refuse it."""
+    def prepare(self, request: GenerateRequest) -> Any:  # noqa: ANN401 - the plugin's own
+        """Do what may take long, such as tokenising, and return what :meth:`submit` is to get.
+
+        Called from any thread, while other requests run; so it must not touch what a step uses. Raise a
+        :class:`~tars_core.types.errors.RequestError` to refuse the request.
+        """
+
+    def submit(self, request_id: int, prepared: Any) -> None:  # noqa: ANN401
+        """Take a request up. Return at once: the running ones wait meanwhile."""
 
     def step(self) -> Sequence[tuple[int, BackendEvent | Exception]]:
         """Advance all requests by about a token; return each one's events, or the error that ended it.
@@ -169,7 +209,8 @@ class TarsSpec:
         Call ``progress`` when there is something to tell. Return early, with any error, once ``cancel`` is set.
         Download nothing unless ``options.allow_download``.
 
-        Raise :class:`~tars_core.errors.LoadFailed` with the reason, or :class:`~tars_core.errors.OutOfMemory`.
+        Raise :class:`~tars_core.types.errors.LoadFailed` with the reason, or
+        :class:`~tars_core.types.errors.OutOfMemory`.
         """
         raise NotImplementedError
 
@@ -181,7 +222,7 @@ class TarsSpec:
 
         Every value of ``request.sampling`` is to be honoured as its docstring says, stop strings included: the
         text ends before the first of them (``tars_core.plugin.StopFilter`` helps). A prompt that does not fit is
-        refused with :class:`~tars_core.errors.ContextLengthExceeded` before decoding; nothing is truncated.
+        refused with :class:`~tars_core.types.errors.ContextLengthExceeded` before decoding; nothing is truncated.
 
         Once ``cancel`` is set, stop within a token and finish with ``finish_reason="cancelled"``.
         Called from several threads at once if ``loaded.concurrency`` is above 1.
@@ -189,5 +230,14 @@ class TarsSpec:
         raise NotImplementedError
 
     @hookspec(firstresult=True)
+    def tars_embed(self, loaded: LoadedModel, request: EmbedRequest, cancel: CancelFlag) -> Embeddings:
+        """Return a vector for each of ``request.texts``, or with a query a score for each.
+
+        Only for a model that was loaded with ``options.task`` ``embed`` or ``rerank`` and declares ``embeddings`` or
+        ``rerank``. A text that is longer than the context is refused unless ``request.truncate``.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
     def tars_unload(self, loaded: LoadedModel) -> None:
-        """Free what ``loaded`` holds. Optional: the process ends right after it."""
+        """Free what ``loaded`` holds. Optional: the process ends right after it. No request runs any more."""

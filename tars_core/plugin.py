@@ -3,8 +3,24 @@
 >>> from tars_core.plugin import Finished, LoadedModel, ProbeReport, TextDelta, Usage, hookimpl
 """
 
-from tars_core.answer import Answer
-from tars_core.errors import (
+from tars_core.hookspecs import (
+    BASIC_FEATURES,
+    BatchedModel,
+    CancelFlag,
+    LoadedModel,
+    LoadOptions,
+    ProgressCallback,
+    hookimpl,
+)
+from tars_core.kit.answer import Answer
+from tars_core.kit.reports import Report, Reports
+from tars_core.kit.seeds import engine_seed
+from tars_core.kit.text import StopFilter, Utf8Assembler
+from tars_core.models.fit import SMALLEST_CONTEXT, fitting_context
+from tars_core.models.gguf import GGUFHeader, is_gguf
+from tars_core.models.gguf import probe as probe_gguf
+from tars_core.models.gguf import read_header as read_gguf_header
+from tars_core.types.errors import (
     ContextLengthExceeded,
     GenerationFailed,
     LoadFailed,
@@ -12,37 +28,35 @@ from tars_core.errors import (
     OutOfMemory,
     RequestError,
 )
-from tars_core.events import BackendEvent, Progress, TextDelta
-from tars_core.events import BackendFinished as Finished
-from tars_core.hookspecs import BatchedModel, CancelFlag, LoadedModel, ProgressCallback, hookimpl
-from tars_core.reports import Report, Reports
-from tars_core.schema import (
-    FinishReason,
-    GenerateRequest,
-    LoadOptions,
-    ModelRef,
-    OfferedModel,
-    ProbeLimits,
-    ProbeReport,
-    SamplingParams,
-    Timings,
-    Usage,
-)
-from tars_core.text import StopFilter, Utf8Assembler
+from tars_core.types.events import BackendEvent, Progress, ReasoningDelta, TextDelta, ToolCallDelta
+from tars_core.types.events import BackendFinished as Finished
+from tars_core.types.messages import Image, Message, Text, ToolCall
+from tars_core.types.models import ModelRef, OfferedModel
+from tars_core.types.reports import ProbeLimits, ProbeReport
+from tars_core.types.request import Constraint, EmbedRequest, GenerateRequest, Resume, SamplingParams, Task, Tool
+from tars_core.types.results import Embeddings, FinishReason, Timings, TokenLogprob, Usage
 
 __all__ = [
+    "BASIC_FEATURES",
+    "SMALLEST_CONTEXT",
     "Answer",
     "BackendEvent",
     "BatchedModel",
     "CancelFlag",
+    "Constraint",
     "ContextLengthExceeded",
+    "EmbedRequest",
+    "Embeddings",
     "FinishReason",
     "Finished",
+    "GGUFHeader",
     "GenerateRequest",
     "GenerationFailed",
+    "Image",
     "LoadFailed",
     "LoadOptions",
     "LoadedModel",
+    "Message",
     "ModelNotFound",
     "ModelRef",
     "OfferedModel",
@@ -51,14 +65,27 @@ __all__ = [
     "ProbeReport",
     "Progress",
     "ProgressCallback",
+    "ReasoningDelta",
     "Report",
     "Reports",
     "RequestError",
+    "Resume",
     "SamplingParams",
     "StopFilter",
+    "Task",
+    "Text",
     "TextDelta",
     "Timings",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "Utf8Assembler",
+    "engine_seed",
+    "fitting_context",
     "hookimpl",
+    "is_gguf",
+    "probe_gguf",
+    "read_gguf_header",
 ]

@@ -14,7 +14,7 @@ import pytest
 
 from tars_core import hookspecs
 from tars_core.cli.app import cli
-from tars_core.settings import Settings
+from tars_core.config.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

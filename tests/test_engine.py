@@ -11,16 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tars_core import (
-    EngineClosed,
-    Finished,
-    InferenceEngine,
-    Message,
-    Overloaded,
-    RequestError,
-    Started,
-    TextDelta,
-)
+from tars_core import EngineClosed, Finished, InferenceEngine, Message, Overloaded, RequestError, Started, TextDelta
 from tars_core.testing.fake import BackendScript, Echo, Finish, Say, Seed, Wait
 
 MakeEngine = Callable[..., InferenceEngine]

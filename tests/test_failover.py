@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tars_core.errors import (
-    AllBackendsFailed,
+from tars_core.runtime.circuits import CircuitPolicy, Circuits
+from tars_core.runtime.failover import Attempts, Limits
+from tars_core.types.errors import (
     DeadlineExceeded,
     GenerationFailed,
     LoadFailed,
@@ -21,8 +22,10 @@ from tars_core.errors import (
     TarsError,
     WorkerDied,
 )
-from tars_core.failover import Attempts, CircuitPolicy, Circuits, Limits
-from tars_core.schema import Attempt, Candidate, ModelRef, ProbeReport
+from tars_core.types.failures import AllBackendsFailed, Attempt
+from tars_core.types.models import ModelRef
+from tars_core.types.reports import ProbeReport
+from tars_core.types.results import Candidate
 
 MODEL = ModelRef(scheme="demo", rest="")
 POLICY = CircuitPolicy(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tars_core.errors import LoadFailed
-from tars_core.sources.gguf import GGUFHeader, read_header
+from tars_core.models.gguf import GGUFHeader, probe, read_header
+from tars_core.types.errors import LoadFailed
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 CODES = {
@@ -33,7 +38,7 @@ def scalar(kind: int, value: object) -> bytes:
     return text(value) if isinstance(value, str | bytes) else struct.pack("<" + CODES[kind], value)
 
 
-def entry(key: str, kind: int, value: object) -> bytes:
+def entry(key: str | bytes, kind: int, value: object) -> bytes:
     return text(key) + struct.pack("<I", kind) + scalar(kind, value)
 
 
@@ -46,7 +51,7 @@ def array_entry(key: str, kind: int, values: list[object]) -> bytes:
 
 
 class Tensor(NamedTuple):
-    name: str = "blk.0.attn_q.weight"
+    name: str | bytes = "blk.0.attn_q.weight"
     shape: tuple[int, ...] = (32, 2)
     kind: int = TYPE_F32
     offset: int = 0
@@ -111,7 +116,6 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
 
     def read_bytes(data: bytes) -> GGUFHeader:
-        path.unlink(missing_ok=True)  # a mapped file is not to be changed in place
         path.write_bytes(data)
         return read_header(path)
 
@@ -182,6 +186,20 @@ def test_the_vocabulary_may_come_after_the_ids_that_point_into_it(read: Read) ->
     assert (header.bos_token, header.eos_token) == ("<s>", "</s>")
 
 
+@pytest.mark.parametrize("index", [0, 1, 4095, 4096, 4097, 8191, 9_997, 9_999])
+def test_a_token_is_found_wherever_it_is_in_a_long_vocabulary(read: Read, index: int) -> None:
+    chance = random.Random(1)  # noqa: S311 - no secret
+    tokens: list[object] = [f"{n}-" + "x" * chance.randrange(200) for n in range(10_000)]
+    tokens[4000] = "y" * 2**20  # longer than what is read at once
+    tokens[9_998] = "z" * 2**19
+    changed = {
+        "tokenizer.ggml.tokens": array_entry("tokenizer.ggml.tokens", STRING, tokens),
+        "tokenizer.ggml.bos_token_id": entry("tokenizer.ggml.bos_token_id", U32, index),
+    }
+    header = read(gguf(changed))
+    assert (header.bos_token, header.chat_template) == (tokens[index], "{{ messages }}")
+
+
 @pytest.mark.parametrize("index", [-1, 4, 2**31 - 1])
 def test_a_token_outside_the_vocabulary_has_no_text(read: Read, index: int) -> None:
     changed = {"tokenizer.ggml.bos_token_id": entry("tokenizer.ggml.bos_token_id", I32, index)}
@@ -199,6 +217,16 @@ def test_the_tokenizer_adds_a_bos_where_the_file_says_so_else_where_llama_cpp_wo
     if stated is not None:
         changed["add"] = entry("tokenizer.ggml.add_bos_token", BOOL, stated)
     assert read(gguf(changed)).adds_bos is adds
+
+
+def test_texts_nobody_needs_may_be_in_any_encoding(read: Read) -> None:
+    latin = {
+        "general.name": entry("general.name", STRING, b"Jos\xe9"),
+        "author": entry("general.author", STRING, b"Jos\xe9"),
+        "key": entry(b"caf\xe9", U32, 1),
+    }
+    header = read(gguf(latin, (Tensor(b"bl\xe9"),)))
+    assert (header.name, header.architecture, header.eos_token) == ("Jos\ufffd", "llama", EOS)
 
 
 def test_quantised_tensors_are_measured_in_blocks(read: Read) -> None:
@@ -290,23 +318,26 @@ def test_of_a_large_tensor_both_ends_count(read: Read, place: int) -> None:
         (gguf(counts=(None, 2**64 - 1)), f"claims {2**64 - 1} entries"),
         (gguf(counts=(None, 2**20)), "."),
         (gguf(counts=(10**6, None)), "."),
-        (gguf(tensors=(), counts=(10**6, 13)), "cut short or garbled"),
+        (gguf(tensors=(), counts=(10**6, 13)), "cut short"),
         (gguf(counts=(0, None)), "holds no tensors"),
         (gguf({"general.architecture": None}), "names no architecture"),
         (gguf({"general.architecture": entry("general.architecture", STRING, "")}), "names no architecture"),
         (gguf({"x": struct.pack("<Q", 2**40)}), "a text of 1099511627776 bytes"),
-        (gguf({"x": text("x") + struct.pack("<IQ", STRING, 2**23)}), "ends inside a value"),
-        (gguf({"x": text("x") + struct.pack("<IQ", STRING, 2**64 - 1)}), "a text of"),
+        (gguf({"x": text("x") + struct.pack("<IQ", STRING, 2**23)}), "cut short"),
+        (gguf({"x": text("x") + struct.pack("<IQ", STRING, 2**64 - 1)}), "cut short"),
         (gguf({"x": text("x") + struct.pack("<I", 13)}), "unknown type 13"),
         (gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, 99, 1)}), "unknown type 99"),
         (gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, U8, 2**63)}), f"claims {2**63} elements"),
-        (gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, U64, 2**28)}), "ends inside a value"),
-        (gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, STRING, 2**28)}), "cut short or garbled"),
-        (gguf({"x": text("x") + struct.pack("<IIQQ", ARRAY, STRING, 2, 2**64 - 1)}), "cut short or garbled"),
+        (gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, U64, 2**28)}), "cut short"),
+        (gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, STRING, 2**28)}), "cut short"),
+        (gguf({"x": text("x") + struct.pack("<IIQQ", ARRAY, STRING, 2, 2**64 - 1)}), "cut short"),
         (gguf({"x": text("x") + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 50}), "nested too deep"),
         (gguf({"x": text("x") + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 2**28) * 3}), "."),
-        (gguf({"x": entry("x", STRING, b"\xff")}), "garbled"),
-        (gguf({"x": text(b"\xff\xfe")}), "garbled"),
+        (gguf({"general.name": text("general.name") + struct.pack("<IQ", STRING, 2**25)}), "a text of 33554432 bytes"),
+        (
+            gguf({"tokenizer.chat_template": entry("tokenizer.chat_template", STRING, b"\xff")}),
+            "chat template is not valid UTF-8",
+        ),
         (gguf({"x": entry("llama.context_length", I32, -1)}), "llama.context_length is -1"),
         (gguf({"x": entry("llama.block_count", U64, 2**40)}), "llama.block_count is 1099511627776"),
         (gguf({"x": entry("general.alignment", U32, 0)}), "alignment is 0"),
@@ -318,7 +349,7 @@ def test_of_a_large_tensor_both_ends_count(read: Read, place: int) -> None:
         (gguf(tensors=(Tensor(shape=(2**63, 2**63, 2**63, 2**63)),)), "elements"),
         (gguf(tensors=(Tensor(kind=4),)), "unknown type 4"),
         (gguf(tensors=(Tensor(kind=2**32 - 1),)), "unknown type"),
-        (gguf(tensors=(Tensor(shape=(33,), kind=TYPE_Q4_0),)), "no whole number of blocks"),
+        (gguf(tensors=(Tensor(shape=(33,), kind=TYPE_Q4_0),)), "not a whole number of blocks"),
         (gguf(tensors=(Tensor(offset=1),)), "begins at 1"),
         (gguf(tensors=(Tensor(offset=2**63, data=b""),)), "past the end of the file"),
         (gguf(tensors=(Tensor(offset=32, data=b""),)), "past the end of the file"),
@@ -329,7 +360,7 @@ def test_of_a_large_tensor_both_ends_count(read: Read, place: int) -> None:
 def test_19_what_no_sound_file_states_is_refused_with_the_reason(read: Read, data: bytes, why: str) -> None:
     with pytest.raises(LoadFailed, match=why) as refused:
         read(data)
-    assert "model.gguf" in refused.value.message
+    assert refused.value.message.startswith("model.gguf is not a valid GGUF file: ")
     assert refused.value.hint == "copy or download the file again"
 
 
@@ -337,6 +368,50 @@ def test_19_a_file_cut_short_at_any_length_is_refused(read: Read) -> None:
     data = gguf()
     assert [length for length in range(len(data)) if sound(read, data[:length])] == []
     assert sound(read, data)
+
+
+def test_19_a_header_of_endless_length_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf({"x": text("x") + struct.pack("<IIQ", ARRAY, U8, 2**28)}))
+    os.truncate(path, 2**30)  # a hole: nothing is written
+    with pytest.raises(LoadFailed, match="header is longer than 268435456 bytes"):
+        read_header(path)
+
+
+READS_WHILE_IT_IS_CUT = """
+import json, pathlib, sys
+from tars_core.models.gguf import read_header
+from tars_core.types.errors import LoadFailed
+
+path, said = pathlib.Path(sys.argv[1]), []
+print(flush=True)
+while len(said) < 300 or (len(said) < 10_000 and not ("" in said and any(said))):
+    try:
+        said.append("" if read_header(path).eos_token == "</s>" else "another token")
+    except LoadFailed as error:
+        said.append(error.message)
+print(json.dumps(said))
+"""
+
+
+def test_41_a_file_that_is_cut_short_while_it_is_read_is_refused_and_ends_no_process(tmp_path: Path) -> None:
+    chance = random.Random(41)  # noqa: S311 - no secret
+    vocabulary = array_entry("tokenizer.ggml.tokens", STRING, ["a", BOS, "b", EOS, *(["word"] * 20_000)])
+    data = gguf({"tokenizer.ggml.tokens": vocabulary}, (Tensor(shape=(2**17,), data=bytes(2**19)),))
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data)
+    command = [sys.executable, "-c", READS_WHILE_IT_IS_CUT, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # it begins to read
+        while child.poll() is None:
+            os.truncate(path, chance.randrange(len(data)))
+            with path.open("r+b") as file:
+                file.write(data)
+        out, err = child.communicate()
+    assert (child.returncode, err) == (0, "")
+    # Some reads were undisturbed, and all others were refused in these words.
+    assert {message.partition(": ")[0] for message in json.loads(out)} == {"", "cut.gguf is not a valid GGUF file"}
 
 
 def test_bytes_after_the_last_tensor_do_no_harm(read: Read) -> None:
@@ -375,6 +450,30 @@ def test_a_file_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> No
         read_header(tmp_path / "absent.gguf")
     with pytest.raises(IsADirectoryError):
         read_header(tmp_path)
+
+
+# ---- the report on a file ----------------------------------------------------------------------
+
+
+def test_a_report_states_what_the_header_tells(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf())
+    report = probe(path, device="cpu", overhead_bytes=1000, preference=60)
+    assert (report.available, report.device, report.memory_bytes) == (True, "cpu", 1256)
+    assert (report.context_length, report.preference) == (512, 60)
+    assert report.weights_id == read_header(path).weights_id
+    assert probe(path, device="cuda", overhead_bytes=1000, preference=60).memory_bytes is None
+
+
+def test_a_report_gives_the_reason_why_a_file_cannot_be_run(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf()[:100])
+    report = probe(path, device="cpu", overhead_bytes=0, preference=60)
+    assert not report.available
+    assert "is cut short" in str(report.reason)
+    assert report.hint == "copy or download the file again"
+    absent = probe(tmp_path / "absent.gguf", device="cpu", overhead_bytes=0, preference=60)
+    assert str(absent.reason).endswith("absent.gguf cannot be read: No such file or directory")
 
 
 # ---- speed -------------------------------------------------------------------------------------

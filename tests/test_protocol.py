@@ -11,8 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tars_core.events import BackendFinished, Progress, TextDelta
-from tars_core.schema import Failure, LoadOptions, Message, ModelRef, SamplingParams, Timings, Usage
+from tars_core.hookspecs import LoadOptions
+from tars_core.types.events import BackendFinished, Progress, TextDelta
+from tars_core.types.failures import Failure
+from tars_core.types.messages import Message
+from tars_core.types.models import ModelRef
+from tars_core.types.request import SamplingParams
+from tars_core.types.results import Timings, Usage
 from tars_core.worker.protocol import (
     MAX_FRAME,
     Cancel,

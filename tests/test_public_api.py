@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 import tars_core
-from tars_core import errors, plugin
+from tars_core import plugin
+from tars_core.types import errors
 
 HEAVY = (
     "pydantic",
@@ -98,7 +99,7 @@ def test_what_crosses_a_seam_is_frozen_and_keyword_only(kind: type[msgspec.Struc
 
 
 def drawn() -> dict[str, str | None]:
-    """Read the tree in the docstring of ``tars_core.errors``: each error with the one it is drawn under."""
+    """Read the tree in the docstring of ``tars_core.types.errors``: each error with the one it is drawn under."""
     tree: dict[str, str | None] = {}
     above: list[tuple[int, str]] = []
     for line in (errors.__doc__ or "").splitlines():

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars_core.ranking import Key, Policy, rank
-from tars_core.schema import ModelRef, ProbeReport
+from tars_core.planning.ranking import Key, Policy, rank
+from tars_core.types.models import ModelRef
+from tars_core.types.reports import ProbeReport
 
 FIRST = ModelRef(scheme="path", rest="/m/phi.gguf")
 SECOND = ModelRef(scheme="ollama", rest="phi")

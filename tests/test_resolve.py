@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tars_core.errors import ModelNotFound, RequestError
-from tars_core.schema import ModelRef, OfferedModel
-from tars_core.sources.resolve import ResolvedModel, resolve
+from tars_core.models.resolve import ResolvedModel, resolve
+from tars_core.types.errors import ModelNotFound, RequestError
+from tars_core.types.models import ModelRef, OfferedModel
 
 GGUF = ModelRef(scheme="path", rest="/wheel/demo.gguf")
 SAFETENSORS = ModelRef(scheme="path", rest="/wheel/demo")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars_core.errors import (
+from tars_core.types.errors import (
     BackendError,
     ContextLengthExceeded,
     ContractError,
@@ -27,15 +27,12 @@ from tars_core.errors import (
     TarsError,
     WorkerDied,
 )
-from tars_core.schema import (
-    Failure,
-    Message,
-    ModelRef,
-    ProbeReport,
-    SamplingParams,
-    check_messages,
-    check_text,
-)
+from tars_core.types.failures import Failure
+from tars_core.types.messages import Message, check_messages
+from tars_core.types.models import ModelRef
+from tars_core.types.reports import ProbeReport
+from tars_core.types.request import SamplingParams
+from tars_core.types.text import check_text
 from tars_core.worker.protocol import LoadRefused, encode, worker_frames
 
 LONE = "\ud83d"

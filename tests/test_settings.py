@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tars_core import InferenceEngine
-from tars_core.errors import ConfigError
-from tars_core.settings import KEYS, Settings, load_settings, user_file
+from tars_core.config.gather import load_settings
+from tars_core.config.settings import KEYS, Settings, user_file
+from tars_core.types.errors import ConfigError
 
 WriteUserFile = Callable[[str | bytes], Path]
 
@@ -346,9 +347,7 @@ def test_an_alias_of_one_reference_needs_no_list_and_plugins_may_be_one(write_us
 
 
 def test_who_sets_nothing_does_not_pay_for_importing_pydantic() -> None:
-    script = (
-        "import sys; from tars_core.settings import load_settings; load_settings({}); print('pydantic' in sys.modules)"
-    )
+    script = "import sys; from tars_core.config.gather import load_settings; load_settings({}); print('pydantic' in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TARS_")}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "False"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars_core.errors import GenerationFailed, RequestError
-from tars_core.schema import Message, Role
-from tars_core.templates import ChatTemplate, render_plain
+from tars_core.kit.templates import ChatTemplate, render_plain
+from tars_core.types.errors import GenerationFailed, RequestError
+from tars_core.types.messages import Message, Role
 
 BOS, EOS = "<s>", "</s>"
 CHATML = """\

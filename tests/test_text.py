@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars_core.text import StopFilter, Utf8Assembler
+from tars_core.kit.text import StopFilter, Utf8Assembler
 
 FEW_LETTERS = st.text("abc", max_size=12)  # few letters: stop strings overlap each other and themselves
 EVERY_WIDTH = "a\0ñ€漢\u0301\u200d\U0001f680\U0010ffff"  # one to four bytes, combining, joining, the last of all

@@ -9,9 +9,9 @@ import click
 
 from tars_core.cli import output
 from tars_core.cli.plain import dump
-from tars_core.errors import RequestError, StreamInterrupted
-from tars_core.events import Finished, Started, TextDelta
-from tars_core.schema import Completion
+from tars_core.types.errors import RequestError, StreamInterrupted
+from tars_core.types.events import Finished, Started, TextDelta
+from tars_core.types.results import Completion
 
 if TYPE_CHECKING:
     from tars_core.engine import InferenceEngine, Sampling

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from tars_core import errors
 from tars_core._version import __version__
 from tars_core.cli import output
+from tars_core.types import errors
+from tars_core.types.failures import AllBackendsFailed
 
 if TYPE_CHECKING:
     from tars_core.cli.progress import LoadBar
+    from tars_core.config.settings import Settings
     from tars_core.engine import InferenceEngine, Sampling
-    from tars_core.settings import Settings
 
 _FAILED, _WRONG, _NOTHING_RUNS = 1, 2, 3
 
@@ -52,7 +53,7 @@ def _exit_code(error: errors.TarsError) -> int:
             return _WRONG
         case errors.BackendUnavailable() | errors.ModelNotFound():
             return _NOTHING_RUNS
-        case errors.AllBackendsFailed(attempts=attempts) if {a.failure.kind for a in attempts if a.failure} == {
+        case AllBackendsFailed(attempts=attempts) if {a.failure.kind for a in attempts if a.failure} == {
             "ModelNotFound"
         }:
             return _NOTHING_RUNS
@@ -156,7 +157,7 @@ def chat_command(  # noqa: PLR0913, PLR0917 - one parameter an option
 def backends_command(*, as_json: bool) -> None:
     """List the plugins: available, or why not."""
     from tars_core.cli import listing  # noqa: PLC0415
-    from tars_core.planning import Planner  # noqa: PLC0415 - what engine.backends() asks, without asyncio: 0.1 s less
+    from tars_core.planning.planner import Planner  # noqa: PLC0415 - what engine.backends() asks, without asyncio: 0.1 s less
 
     output.claim_stdout()
     listing.backends(Planner(_settings(None, None), {}).statuses(), as_json=as_json)
@@ -202,7 +203,7 @@ def benchmark_command(model: str | None, backend: str | None, *, as_json: bool) 
 def doctor_command(*, as_json: bool) -> None:
     """Print all that a bug report needs, secrets masked."""
     from tars_core.cli import doctor  # noqa: PLC0415
-    from tars_core.settings import Settings  # noqa: PLC0415
+    from tars_core.config.settings import Settings  # noqa: PLC0415
 
     output.claim_stdout()
     try:
@@ -240,7 +241,7 @@ def _sampling(max_tokens: int | None, temperature: float | None, seed: int | Non
 
 def _settings(model: str | None, backend: str | None) -> Settings:
     """Gather the settings; only the command line reads those of the current folder."""
-    from tars_core.settings import load_settings  # noqa: PLC0415 - --help and --version go without
+    from tars_core.config.gather import load_settings  # noqa: PLC0415 - --help and --version go without
 
     flags = {key: value for key, value in (("model", model), ("backend", backend)) if value is not None}
     try:

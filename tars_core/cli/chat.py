@@ -14,9 +14,11 @@ import click
 import platformdirs
 
 from tars_core.cli import answer, output
-from tars_core.errors import AllBackendsFailed, ContextLengthExceeded, RequestError, StreamInterrupted
-from tars_core.events import Finished, Started, TextDelta
-from tars_core.schema import Message, SamplingParams
+from tars_core.types.errors import ContextLengthExceeded, RequestError, StreamInterrupted
+from tars_core.types.events import Finished, Started, TextDelta
+from tars_core.types.failures import AllBackendsFailed
+from tars_core.types.messages import Message
+from tars_core.types.request import SamplingParams
 
 if TYPE_CHECKING:
     from tars_core.cli.progress import LoadBar
@@ -88,7 +90,7 @@ class Conversation:
             case "/quit" | "/exit":
                 return False
             case "/new":
-                self._begin(next((turn.content for turn in self._turns if turn.role == "system"), None))
+                self._begin(next((turn.text for turn in self._turns if turn.role == "system"), None))
                 click.secho("(a new conversation)", err=True, dim=True)
             case "/system":
                 self._begin(rest.strip() or None)

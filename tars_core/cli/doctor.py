@@ -13,10 +13,10 @@ import msgspec
 from tars_core._version import __version__
 from tars_core.cli import output
 from tars_core.cli.plain import dump
+from tars_core.config.settings import Settings, cache_folder, user_file
 from tars_core.engine import InferenceEngine
-from tars_core.schema import BackendStatus
-from tars_core.settings import Settings, cache_folder, user_file
-from tars_core.sources import memory
+from tars_core.system import memory
+from tars_core.types.reports import BackendStatus
 
 _GIB = 2**30
 _RUNTIMES = ("llama-cpp-python", "xllamacpp", "ollama", "transformers", "torch", "pluggy", "pydantic", "msgspec")

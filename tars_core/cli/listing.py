@@ -11,8 +11,10 @@ import click
 
 from tars_core.cli import output
 from tars_core.cli.plain import dump
-from tars_core.schema import BackendStatus, Candidate, Decision, OfferedModel
-from tars_core.settings import Settings
+from tars_core.config.settings import Settings
+from tars_core.types.models import OfferedModel
+from tars_core.types.reports import BackendStatus
+from tars_core.types.results import Candidate, Decision
 
 _GIB = 2**30
 _INDENT = "    "

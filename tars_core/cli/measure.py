@@ -9,13 +9,14 @@ import time
 import click
 import msgspec
 
-from tars_core import speeds
 from tars_core.cli import output
 from tars_core.cli.plain import dump
+from tars_core.config.settings import Settings, cache_folder
 from tars_core.engine import InferenceEngine
-from tars_core.errors import TarsError
-from tars_core.schema import Completion, ModelRef
-from tars_core.settings import Settings, cache_folder
+from tars_core.planning import speeds
+from tars_core.types.errors import TarsError
+from tars_core.types.models import ModelRef
+from tars_core.types.results import Completion
 
 _PROMPT = "¿Cuál es tu nombre?"
 _TOKENS = 32

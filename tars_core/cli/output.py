@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TextIO
 
-from tars_core.errors import TarsError
+from tars_core.types.errors import TarsError
 
 _out: TextIO = sys.stdout
 

@@ -18,6 +18,7 @@ from typing import TypeAlias, cast
 import msgspec
 
 from tars_core.plugin import (
+    BASIC_FEATURES,
     BackendEvent,
     CancelFlag,
     ContextLengthExceeded,
@@ -163,7 +164,13 @@ class BackendScript(msgspec.Struct, frozen=True):
     preference: int = 50
     probe: tuple[Act, ...] = ()
     load: tuple[Act, ...] = ()
+    prepare: tuple[Act, ...] = ()
+    """Of a batched one, before it takes a request up."""
     generate: tuple[Act, ...] = (Say("hello"), Finish())
+    features: tuple[str, ...] | None = None
+    """What it declares when it is loaded; ``None``: what every model can."""
+    guessed_features: tuple[str, ...] | None = None
+    """What its probe declares."""
     batched: bool = False
     concurrency: int = 4
     context_shrunk: bool = False
@@ -191,6 +198,7 @@ class FakeModel(LoadedModel):
             device=script.device,
             context_length=512,
             concurrency=script.concurrency,
+            features=BASIC_FEATURES if script.features is None else frozenset(script.features),
             chat_template=script.chat_template,
             context_shrunk=script.context_shrunk,
         )
@@ -219,9 +227,15 @@ class BatchedFakeModel(FakeModel):
         super().__init__(script)
         self._running: dict[int, tuple[Iterator[BackendEvent], threading.Event]] = {}
 
-    def submit(self, request_id: int, request: GenerateRequest) -> None:
+    def prepare(self, request: GenerateRequest) -> GenerateRequest:
+        for act in self.script.prepare:
+            for _ in _act(act, request, threading.Event()):
+                pass
+        return request
+
+    def submit(self, request_id: int, prepared: GenerateRequest) -> None:
         cancel = threading.Event()
-        self._running[request_id] = self.play(request, cancel), cancel
+        self._running[request_id] = self.play(prepared, cancel), cancel
 
     def step(self) -> Sequence[tuple[int, BackendEvent | Exception]]:
         brought: list[tuple[int, BackendEvent | Exception]] = []
@@ -268,6 +282,7 @@ class FakeBackend:
             device=script.device,
             weights_id=script.weights_id,
             memory_bytes=script.memory_bytes,
+            features=None if script.guessed_features is None else frozenset(script.guessed_features),
             preference=script.preference,
         )
 

@@ -9,11 +9,15 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
-from tars_core import childprocess
-from tars_core.errors import BackendError, ContractError, WorkerDied
+from tars_core.system import processes
+from tars_core.types.errors import BackendError, ContractError, LoadFailed, WorkerDied
 from tars_core.worker import protocol
+from tars_core.worker.protocol import Hello
+
+if TYPE_CHECKING:
+    from tars_core.worker.requests import Inbox
 
 _log = logging.getLogger("tars_core.worker")
 _STDERR_TAIL = 8_192
@@ -21,15 +25,16 @@ _EXIT_GRACE_S = 0.2
 _TERM_GRACE_S = 1.0
 _KILL = signal.SIGKILL if os.name == "posix" else signal.SIGTERM
 
-Inbox: TypeAlias = "queue.SimpleQueue[protocol.HostFrame | None]"
-OnFrame = Callable[[protocol.WorkerFrame], None]
-OnClosed = Callable[[BackendError], None]
+OnFrame: TypeAlias = Callable[[protocol.WorkerFrame], None]
+OnClosed: TypeAlias = Callable[[BackendError], None]
 
 
 class Channel(Protocol):
     """Frames out by :meth:`send`; frames in, and the end, by the two callbacks it was opened with."""
 
-    pid: int | None
+    @property
+    def pid(self) -> int | None:
+        """The process, or ``None`` for a thread."""
 
     def send(self, frame: protocol.HostFrame) -> None:
         """Pass a frame on. After the end it is dropped: ``on_closed`` has told."""
@@ -38,7 +43,10 @@ class Channel(Protocol):
         """End it now."""
 
     async def close(self) -> None:
-        """End it in good order, by force where it does not follow; return when it is gone."""
+        """End it in good order, by force where it does not follow.
+
+        Return when it is gone, or after some seconds: a process may be stuck in the kernel, where no signal reaches it.
+        """
 
 
 class ProcessChannel(asyncio.SubprocessProtocol):
@@ -53,22 +61,30 @@ class ProcessChannel(asyncio.SubprocessProtocol):
         self._transport: asyncio.SubprocessTransport | None = None
         self._stdin: asyncio.WriteTransport | None = None
         self._broken: BackendError | None = None
+        self._greeted = False
+        self._started_by_it: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self.pid: int | None = None
 
     @classmethod
-    async def open(cls, name: str, on_frame: OnFrame, on_closed: OnClosed) -> ProcessChannel:
-        """Start the process; raise ``WorkerDied`` where the system refuses one."""
+    async def open(
+        cls, name: str, on_frame: OnFrame, on_closed: OnClosed, *, model: str, python: str | None
+    ) -> ProcessChannel:
+        """Start the process.
+
+        ``model`` is for those who list processes. Raises ``WorkerDied`` where the system refuses one, and
+        ``ConfigError`` where there is no Python to run it.
+        """
         loop = asyncio.get_running_loop()
         channel = cls(name, on_frame, on_closed)
+        command = processes.command("tars_core.worker.child", name, model, python=python)
         try:
             # A session of its own: Ctrl-C in the terminal is for the host to handle.
-            await loop.subprocess_exec(
-                lambda: channel, *childprocess.command("tars_core.worker.child"), start_new_session=True
-            )
+            await loop.subprocess_exec(lambda: channel, *command, start_new_session=True)
         except (OSError, RuntimeError) as error:  # no process, no descriptor, no thread to wait for it
             raise WorkerDied(returncode=None, stderr_tail=f"could not start it: {error}") from error
+        channel.send(protocol.hello())
         return channel
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -85,12 +101,28 @@ class ProcessChannel(asyncio.SubprocessProtocol):
             return
         try:
             for frame in self._frames.feed(data):
-                self._on_frame(frame)
+                if isinstance(frame, Hello):
+                    self._greet(frame)
+                elif self._greeted:
+                    self._on_frame(frame)
         except ValueError as error:
             self._broken = ContractError(f"the worker of {self._name} sent something that is no frame: {error}")
             self.kill()
 
+    def _greet(self, theirs: Hello) -> None:
+        ours = protocol.hello()
+        self._greeted = theirs.frames == ours.frames
+        if not self._greeted:
+            self._broken = LoadFailed(
+                f"this program runs tars-core {ours.version}, and its worker found another one:"
+                f" {theirs.version} in {theirs.place}",
+                hint="tars-core was upgraded under a running program: restart it",
+            )
+            self.kill()
+
     def process_exited(self) -> None:
+        if self.pid is not None:
+            processes.kill_group(self.pid, self._started_by_it)
         # Pipes may still hold the last frames; a grandchild may hold them open for ever.
         self._loop.call_later(_EXIT_GRACE_S, self._finish)
 
@@ -118,14 +150,27 @@ class ProcessChannel(asyncio.SubprocessProtocol):
         """Close the pipe, then SIGTERM, then SIGKILL, a second between them."""
         if self._stdin is not None:
             self._stdin.close()
+        if self.pid is not None and not self._ended.done():
+            self._started_by_it = processes.descendants(self.pid)
         for number in (signal.SIGTERM, _KILL):
             await asyncio.wait((self._ended,), timeout=_TERM_GRACE_S)
+            if self._ended.done():
+                return
             self._signal(number)
-        await self._ended
+        await asyncio.wait((self._ended,), timeout=_TERM_GRACE_S)
+        if not self._ended.done():
+            _log.warning(
+                "process %s of %s does not end although it was killed; it is left behind", self.pid, self._name
+            )
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._transport is not None and self._transport.get_returncode() is None:
-            self._transport.send_signal(number)
+        if self._transport is None or self.pid is None or self._transport.get_returncode() is not None:
+            return
+        if number == _KILL:
+            self._started_by_it = processes.descendants(self.pid)
+        self._transport.send_signal(number)
+        if number == _KILL:
+            processes.kill_group(self.pid, self._started_by_it)
 
 
 class ThreadChannel:

@@ -7,20 +7,31 @@ import collections
 import itertools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias, TypeVar
 
-from tars_core.errors import BackendError, DeadlineExceeded, GenerationFailed, LoadFailed, TarsError
-from tars_core.events import BackendEvent, BackendFinished
+from tars_core.types.errors import BackendError, DeadlineExceeded, GenerationFailed, LoadFailed, TarsError
+from tars_core.types.events import BackendEvent, BackendFinished
+from tars_core.types.messages import Message
+from tars_core.types.request import EmbedRequest, GenerateRequest
+from tars_core.types.results import Embeddings, Usage
 from tars_core.worker.channel import Channel, ProcessChannel, ThreadChannel
 from tars_core.worker.protocol import (
     Cancel,
+    Embed,
+    Embedded,
     Events,
     Failed,
     Generate,
+    HostFrame,
+    Item,
     Load,
     Loaded,
     LoadProgress,
     LoadRefused,
+    Render,
+    Rendered,
+    Tokenize,
+    Tokens,
     WorkerFrame,
 )
 
@@ -29,13 +40,12 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout
 
-if TYPE_CHECKING:
-    from tars_core.schema import Message, SamplingParams
-
 OnProgress: TypeAlias = Callable[[float, str], None]
+OnEnd: TypeAlias = Callable[["Worker"], None]
+R = TypeVar("R", Rendered, Tokens, Embedded)
 
 _CANCEL_GRACE_S = 5.0
-"""A backend stops within a token; one that needs longer than this is taken for hung."""
+"""A backend stops within a token; one that needs longer than this, and has nobody else to serve, is taken for hung."""
 
 _serials = itertools.count(1)
 
@@ -47,20 +57,22 @@ class WorkerGoneError(Exception):
 class Request:
     """One request's events, in order. Ask with :meth:`next` until it finishes or raises."""
 
-    def __init__(self, worker: Worker, request_id: int) -> None:
+    def __init__(self, worker: Worker, request_id: int, *, takes_place: bool) -> None:
         self.id = request_id
+        self.takes_place = takes_place
         self._worker = worker
-        self._items: collections.deque[BackendEvent | TarsError] = collections.deque()
+        self._items: collections.deque[Item | TarsError] = collections.deque()
         self._waiter: asyncio.Future[None] | None = None
         self.ended = False
+        self.cancelled = False
 
-    def push(self, item: BackendEvent | TarsError) -> None:
+    def push(self, item: Item | TarsError) -> None:
         """Take what the worker sent."""
         self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def next(self, timeout_s: float) -> BackendEvent:
+    async def next(self, timeout_s: float | None) -> Item:
         """Return the next event.
 
         Raises ``asyncio.TimeoutError`` where none comes within ``timeout_s``, and the request's own error.
@@ -86,11 +98,14 @@ class Request:
 class Worker:
     """One loaded model. Not reused after it ended: :attr:`dead` then holds why."""
 
-    def __init__(self, plugin: str) -> None:
+    def __init__(self, plugin: str, on_end: OnEnd | None = None) -> None:
         self.plugin = plugin
         self.serial = next(_serials)
         self.dead: BackendError | None = None
         self.loaded: Loaded | None = None
+        self.used = False
+        """Whether a request was ever sent to it."""
+        self._on_end = on_end
         self._channel: Channel | None = None
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count(1)
@@ -110,12 +125,30 @@ class Worker:
         """Whether no request runs here or waits for a place."""
         return not self._requests and not (self._slots and self._slots.locked())
 
-    async def load(self, frame: Load, *, limit_s: float, plugin: object | None, on_progress: OnProgress) -> Loaded:
+    @property
+    def running(self) -> int:
+        """How many requests run here."""
+        return len(self._requests)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is loaded, lives, and takes requests."""
+        return self.loaded is not None and self.dead is None and not self._closing
+
+    async def load(
+        self,
+        frame: Load,
+        *,
+        limit_s: float | None,
+        plugin: object | None,
+        python: str | None,
+        on_progress: OnProgress,
+    ) -> Loaded:
         """Start it and load the model.
 
         With ``plugin``, that object is run in a thread of this process; without, the plugin the frame names in a
-        process of its own. ``limit_s`` bounds the time without a sign of life. Raises ``LoadFailed``, ``WorkerDied`` or
-        ``DeadlineExceeded``; nothing is left running then.
+        process of its own, run by ``python``. ``limit_s`` bounds the time without a sign of life. Raises
+        ``LoadFailed``, ``WorkerDied`` or ``DeadlineExceeded``; it has been killed then.
         """
         loop = asyncio.get_running_loop()
         self._outcome = loop.create_future()
@@ -126,50 +159,97 @@ class Worker:
             if plugin is not None:
                 self._channel = ThreadChannel(self.plugin, plugin, self._on_frame, self._on_closed)
             else:
-                self._channel = await ProcessChannel.open(self.plugin, self._on_frame, self._on_closed)
+                self._channel = await ProcessChannel.open(
+                    self.plugin, self._on_frame, self._on_closed, model=str(frame.model), python=python
+                )
             self._channel.send(frame)
             while not self._outcome.done():
-                left = self._sign_of_life + limit_s - loop.time()
-                if left <= 0:
+                left = None if limit_s is None else self._sign_of_life + limit_s - loop.time()
+                if limit_s is not None and left is not None and left <= 0:
                     raise DeadlineExceeded(stage="load", limit_s=limit_s)
                 await asyncio.wait((self._outcome,), timeout=left)
             self.loaded = self._outcome.result()
         except BaseException:
+            self._closing = True  # its end is no incident of its own
             if self._channel is not None:
                 self._channel.kill()
-                await self.close()
             raise
         self._slots = asyncio.Semaphore(max(1, self.loaded.concurrency))
         return self.loaded
 
-    async def generate(self, *, messages: tuple[Message, ...], prompt: str | None, sampling: SamplingParams) -> Request:
+    async def generate(self, request: GenerateRequest) -> Request:
         """Start a request as soon as one of the worker's places is free.
 
         Raises :class:`WorkerGoneError` where the worker ended before: this request has not been tried yet.
         """
-        assert self._slots is not None  # noqa: S101 - loaded before it is used
-        await self._slots.acquire()
-        request = Request(self, next(self._ids))
+        started = await self._start(lambda number: Generate(request_id=number, request=request), takes_place=True)
+        self.used = True
+        return started
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Return the vectors of texts. Raises as :meth:`generate`, and the request's own error."""
+        found = await self._ask(lambda number: Embed(request_id=number, request=request), Embedded, takes_place=True)
+        usage = Usage(prompt_tokens=found.prompt_tokens, completion_tokens=0)
+        return Embeddings(data=found.data, count=found.count, dimensions=found.dimensions, usage=usage)
+
+    async def render(self, messages: tuple[Message, ...], template_options: str = "{}") -> str:
+        """Return the prompt that the model's template makes of ``messages``."""
+
+        def frame(number: int) -> Render:
+            return Render(request_id=number, messages=messages, template_options=template_options)
+
+        return (await self._ask(frame, Rendered, takes_place=False)).prompt
+
+    async def tokenize(self, prompt: str) -> tuple[int, ...]:
+        """Return the tokens of a prompt."""
+        return (await self._ask(lambda n: Tokenize(request_id=n, prompt=prompt), Tokens, takes_place=False)).ids
+
+    async def _ask(self, frame: Callable[[int], HostFrame], kind: type[R], *, takes_place: bool) -> R:
+        request = await self._start(frame, takes_place=takes_place)
         try:
-            if self._closing or self.dead is not None or self._channel is None:
+            item = await request.next(None)
+        finally:
+            request.abandon()
+        if not isinstance(item, kind):
+            raise GenerationFailed(f"{self.plugin} sent {type(item).__name__}, not {kind.__name__}")
+        return item
+
+    async def _start(self, frame: Callable[[int], HostFrame], *, takes_place: bool) -> Request:
+        assert self._slots is not None  # noqa: S101 - loaded before it is used
+        if takes_place:
+            await self._slots.acquire()
+        request = Request(self, next(self._ids), takes_place=takes_place)
+        try:
+            if not self.answers or self._channel is None:
                 raise WorkerGoneError
-            self._channel.send(Generate(request_id=request.id, messages=messages, prompt=prompt, sampling=sampling))
+            self._channel.send(frame(request.id))
         except BaseException:
-            self._slots.release()
+            if takes_place:
+                self._slots.release()
             raise
         self._requests[request.id] = request
         return request
 
     def abandon(self, request: Request) -> None:
         """See :meth:`Request.abandon`."""
-        if request.ended or self._channel is None or self.dead is not None:
+        if request.ended or request.cancelled or self._channel is None or self.dead is not None:
             return
+        request.cancelled = True
         self._channel.send(Cancel(request_id=request.id))
+        self._watch_cancel(request)
+
+    def _watch_cancel(self, request: Request) -> None:
         asyncio.get_running_loop().call_later(_CANCEL_GRACE_S, self._kill_unless_ended, request)
 
     def _kill_unless_ended(self, request: Request) -> None:
-        if not request.ended:
-            self.kill(GenerationFailed(f"{self.plugin} did not stop within {_CANCEL_GRACE_S:g} s of a cancel"))
+        if request.ended:
+            return
+        # Others wait for the same native step. They have limits of their own, by which a hang is told from a long step.
+        if any(not other.cancelled for other in self._requests.values()):
+            self._watch_cancel(request)
+            return
+        self._closing = True  # one caller's cancel is no incident of the backend's
+        self.kill(GenerationFailed(f"{self.plugin} did not stop within {_CANCEL_GRACE_S:g} s of a cancel"))
 
     def kill(self, reason: BackendError) -> None:
         """End the process now; whoever still waits on it gets ``reason``, and nobody new comes."""
@@ -178,7 +258,7 @@ class Worker:
             self._channel.kill()
 
     async def close(self) -> None:
-        """End it in good order; return when it is gone. Nobody gets a place any more from here on."""
+        """End it in good order; return when it is gone, or cannot be ended. Nobody gets a place any more from here."""
         self._closing = True
         if self._channel is not None:
             await self._channel.close()
@@ -197,18 +277,18 @@ class Worker:
             case LoadRefused():
                 self._settle(frame.failure.to_error(LoadFailed))
 
-    def _on_item(self, request_id: int, item: BackendEvent | Failed) -> None:
+    def _on_item(self, request_id: int, item: Item) -> None:
         request = self._requests.get(request_id)
         if request is None:
             return
-        if isinstance(item, Failed | BackendFinished):
+        if not isinstance(item, BackendEvent) or isinstance(item, BackendFinished):
             self._end(request)
         request.push(item.failure.to_error(GenerationFailed) if isinstance(item, Failed) else item)
 
     def _end(self, request: Request) -> None:
         request.ended = True
         del self._requests[request.id]
-        if self._slots is not None:
+        if request.takes_place and self._slots is not None:
             self._slots.release()
 
     def _settle(self, outcome: Loaded | TarsError) -> None:
@@ -227,3 +307,5 @@ class Worker:
         for request in list(self._requests.values()):
             self._end(request)
             request.push(error)
+        if self._on_end is not None and not self._closing:
+            self._on_end(self)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import msgspec
 
-from tars_core.errors import RequestError
-from tars_core.events import BackendFinished, Progress, TextDelta
-from tars_core.schema import Failure, LoadOptions, Message, ModelRef, SamplingParams
+from tars_core._version import __version__
+from tars_core.hookspecs import LoadOptions
+from tars_core.types.errors import RequestError
+from tars_core.types.events import BackendFinished, Progress, ReasoningDelta, TextDelta, ToolCallDelta
+from tars_core.types.failures import Failure
+from tars_core.types.messages import Message
+from tars_core.types.models import ModelRef
+from tars_core.types.request import EmbedRequest, GenerateRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,8 +27,18 @@ MAX_FRAME = 256 * 2**20
 """Bytes. Above every real frame; a length beyond it means that something else wrote into the pipe."""
 
 
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """Both: who speaks. The first frame in each direction; this frame itself never changes."""
+
+    version: str
+    frames: str
+    """A digest of all frames' fields: two versions that differ in it do not understand each other."""
+    place: str
+    """The folder of the package."""
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
-    """Host: import the plugin and load the model. The first frame, once."""
+    """Host: import the plugin and load the model. Once, after ``Hello``."""
 
     plugin: str
     """The entry point's name."""
@@ -31,12 +49,32 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """Host: answer. Either ``messages``, for the model's template, or a raw ``prompt``."""
+    """Host: answer. With messages, their prompt is still to be rendered."""
 
     request_id: int
-    messages: tuple[Message, ...] = ()
-    prompt: str | None = None
-    sampling: SamplingParams
+    request: GenerateRequest
+
+
+class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
+    """Host: turn texts into vectors; an ``Embedded`` follows."""
+
+    request_id: int
+    request: EmbedRequest
+
+
+class Render(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
+    """Host: put messages into the model's form; a ``Rendered`` follows."""
+
+    request_id: int
+    messages: tuple[Message, ...]
+    template_options: str = "{}"
+
+
+class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize"):
+    """Host: turn a prompt into tokens; ``Tokens`` follow."""
+
+    request_id: int
+    prompt: str
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -58,6 +96,9 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
     device: str
     context_length: int
     concurrency: int
+    features: frozenset[str] = frozenset()
+    has_template: bool = False
+    """Whether the model brings a chat template."""
 
 
 class LoadRefused(msgspec.Struct, frozen=True, kw_only=True, tag="load_refused"):
@@ -72,7 +113,29 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     failure: Failure
 
 
-Item: TypeAlias = Progress | TextDelta | BackendFinished | Failed
+class Rendered(msgspec.Struct, frozen=True, kw_only=True, tag="rendered"):
+    """The terminal item of ``Render``."""
+
+    prompt: str
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """The terminal item of ``Tokenize``."""
+
+    ids: tuple[int, ...]
+
+
+class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):
+    """The terminal item of ``Embed``: the fields of :class:`~tars_core.types.results.Embeddings`."""
+
+    data: bytes
+    count: int
+    dimensions: int
+    prompt_tokens: int
+
+
+Terminal: TypeAlias = BackendFinished | Failed | Rendered | Tokens | Embedded
+Item: TypeAlias = Progress | TextDelta | ReasoningDelta | ToolCallDelta | Terminal
 
 
 class Events(msgspec.Struct, frozen=True, kw_only=True, tag="events"):
@@ -81,11 +144,30 @@ class Events(msgspec.Struct, frozen=True, kw_only=True, tag="events"):
     items: tuple[tuple[int, Item], ...]
 
 
-HostFrame: TypeAlias = Load | Generate | Cancel
-WorkerFrame: TypeAlias = LoadProgress | Loaded | LoadRefused | Events
+HostFrame: TypeAlias = Hello | Load | Generate | Embed | Render | Tokenize | Cancel
+WorkerFrame: TypeAlias = Hello | LoadProgress | Loaded | LoadRefused | Events
+
+_IN_FRAMES = (__name__, "tars_core.hookspecs", *(f"tars_core.types.{name}" for name in (
+    "events", "failures", "messages", "models", "request", "results")))  # fmt: skip
+"""Where the types of frames and of their fields are defined."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Loaded | Events)
+
+
+@functools.cache
+def hello() -> Hello:
+    """Return this side's own greeting."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    waiting: list[type] = [msgspec.Struct]
+    while waiting:
+        subclasses: list[type] = waiting.pop().__subclasses__()
+        for kind in subclasses:
+            waiting.append(kind)
+            if kind.__module__ in _IN_FRAMES:
+                found[kind.__name__] = [(name, str(annotation)) for name, annotation in kind.__annotations__.items()]
+    digest = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16]
+    return Hello(version=__version__, frames=digest, place=str(Path(__file__).parents[1]))
 
 
 def encode(frame: HostFrame | WorkerFrame) -> bytes:

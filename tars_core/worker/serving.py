@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import queue
-import random
 import threading
-import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable
 
-import msgspec
 import pluggy
 
 from tars_core import hookspecs
-from tars_core.errors import ContextLengthExceeded, ContractError, GenerationFailed, LoadFailed, TarsError, told
-from tars_core.events import BackendEvent, BackendFinished, Progress, TextDelta
 from tars_core.hookspecs import BatchedModel, LoadedModel
-from tars_core.schema import RAW_STOP, Failure, GenerateRequest
-from tars_core.templates import ChatTemplate, render_plain
+from tars_core.types.errors import ContractError, LoadFailed, TarsError
+from tars_core.types.events import BackendFinished
+from tars_core.types.failures import Failure
 from tars_core.worker import protocol
+from tars_core.worker.batch import BatchLoop
 from tars_core.worker.protocol import (
     Cancel,
+    Embed,
     Events,
-    Failed,
     Generate,
-    HostFrame,
     Item,
     Load,
     Loaded,
     LoadProgress,
     LoadRefused,
-    WorkerFrame,
+    Render,
+    Terminal,
+    Tokenize,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-Send: TypeAlias = Callable[[WorkerFrame], None]
-Inbox: TypeAlias = "queue.SimpleQueue[HostFrame | None]"
-"""``None`` ends the session."""
+from tars_core.worker.requests import EventRules, Inbox, Requests, Send, told_with_trace
 
 
 def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | None = None) -> None:
@@ -53,17 +43,14 @@ def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | N
     try:
         hooks = _register(frame, plugin)
         loaded = _load(hooks, frame, send, closing)
-        template = (
-            ChatTemplate(
-                loaded.chat_template,
-                bos_token=loaded.bos_token,
-                eos_token=loaded.eos_token,
-                adds_bos=loaded.adds_bos,
-            )
-            if loaded.chat_template
-            else None
+        requests = Requests(frame.plugin, loaded, hooks)
+        ready = Loaded(
+            device=loaded.device,
+            context_length=loaded.context_length,
+            concurrency=loaded.concurrency,
+            features=loaded.features,
+            has_template=bool(loaded.chat_template),
         )
-        ready = Loaded(device=loaded.device, context_length=loaded.context_length, concurrency=loaded.concurrency)
         try:
             protocol.check(ready)
         except (TypeError, ValueError) as error:
@@ -72,11 +59,10 @@ def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | N
         send(LoadRefused(failure=Failure.of(error)))
         return
     send(ready)
-    prompts = _Prompts(frame.plugin, loaded, template)
     if isinstance(loaded, BatchedModel):
-        _BatchLoop(loaded, prompts, send).run(inbox)
+        BatchLoop(loaded, requests, inbox, send).run()
     else:
-        _ThreadPerRequest(hooks, prompts, send).run(inbox)
+        _ThreadPerRequest(requests, inbox, send).run()
     hooks.tars_unload(loaded=loaded)
 
 
@@ -85,7 +71,7 @@ def _register(frame: Load, plugin: object | None) -> pluggy.HookRelay:
     try:
         manager.register(hookspecs.import_plugin(frame.target) if plugin is None else plugin, frame.plugin)
     except (Exception, SystemExit) as error:
-        raise LoadFailed(f"it does not import here: {_told(error)}") from error
+        raise LoadFailed(f"it does not import here: {told_with_trace(error)}") from error
     return manager.hook
 
 
@@ -100,196 +86,61 @@ def _load(hooks: pluggy.HookRelay, frame: Load, send: Send, closing: threading.E
     except MemoryError as error:
         raise LoadFailed(f"out of memory: {error}") from error
     except (Exception, SystemExit) as error:
-        raise LoadFailed(_told(error)) from error
+        raise LoadFailed(told_with_trace(error)) from error
     if not isinstance(loaded, LoadedModel):
         raise ContractError(f"{frame.plugin}: tars_load must return a LoadedModel, not {type(loaded).__name__}")
     return loaded
 
 
-def _told(error: BaseException) -> str:
-    """Describe a plugin's own exception by type and place; the whole traceback goes to stderr, for ``tars -vv``."""
-    traceback.print_exception(error)
-    return told(error)
-
-
-class _Prompts:
-    """Turns the host's request into the one a backend sees, and its errors into the host's terms."""
-
-    def __init__(self, plugin: str, loaded: LoadedModel, template: ChatTemplate | None) -> None:
-        self.plugin = plugin
-        self.loaded = loaded
-        self._template = template
-
-    def prepare(self, frame: Generate) -> GenerateRequest:
-        as_messages = frame.prompt is None and self.loaded.renders_chat
-        raw = frame.prompt is not None or (self._template is None and not as_messages)
-        if frame.prompt is not None:
-            prompt = frame.prompt
-        elif as_messages:
-            prompt = ""
-        elif self._template is not None:
-            prompt = self._template.render(frame.messages)
-        else:
-            prompt = render_plain(frame.messages)
-        sampling = frame.sampling
-        return GenerateRequest(
-            prompt=prompt,
-            messages=frame.messages if as_messages else (),
-            sampling=msgspec.structs.replace(
-                sampling,
-                max_tokens=min(sampling.max_tokens, self.loaded.context_length),
-                seed=random.getrandbits(32) if sampling.seed is None else sampling.seed,
-                stop=tuple(dict.fromkeys((*sampling.stop, *(RAW_STOP if raw else ())))),
-            ),
-        )
-
-    def failed(self, error: BaseException) -> Failed:
-        """Describe why a request ended; whatever a plugin raises becomes data."""
-        if not isinstance(error, Exception):
-            error = _EventRules(self.plugin).broken(f"it raised {type(error).__name__}")
-        elif isinstance(error, ContextLengthExceeded) and self.loaded.context_shrunk:
-            error = GenerationFailed(
-                f"the prompt has {error.prompt_tokens} tokens; memory allowed a context of only {error.context_length}"
-            )
-        elif not isinstance(error, TarsError):
-            error = GenerationFailed(_told(error))
-        return Failed(failure=Failure.of(error))
-
-
-class _EventRules:
-    """Holds one request's events against the contract."""
-
-    def __init__(self, plugin: str) -> None:
-        self._plugin = plugin
-        self.finished = False
-
-    def check(self, event: object) -> BackendEvent:
-        if self.finished:
-            raise self.broken("an event came after Finished")
-        if not isinstance(event, Progress | TextDelta | BackendFinished):
-            raise self.broken(f"events are Progress, TextDelta and Finished, not {type(event).__name__}")
-        if isinstance(event, TextDelta) and not event.text:
-            raise self.broken("a TextDelta must not be empty")
-        try:
-            protocol.check(Events(items=((0, event),)))
-        except (TypeError, ValueError) as error:
-            raise self.broken(f"a {type(event).__name__} is not sound: {error}") from error
-        self.finished = isinstance(event, BackendFinished)
-        return event
-
-    def broken(self, rule: str) -> ContractError:
-        return ContractError(
-            f"plugin {self._plugin} broke the contract of tars_generate: {rule}",
-            hint=f"report it to the authors of {self._plugin}",
-        )
-
-
 class _ThreadPerRequest:
     """Runs ``tars_generate``, an iterator in a thread for each request."""
 
-    def __init__(self, hooks: pluggy.HookRelay, prompts: _Prompts, send: Send) -> None:
-        self._hooks = hooks
-        self._prompts = prompts
+    def __init__(self, requests: Requests, inbox: Inbox, send: Send) -> None:
+        self._requests = requests
+        self._inbox = inbox
         self._send = send
-        self._cancel: dict[int, threading.Event] = {}
+        self._running: dict[int, tuple[threading.Thread, threading.Event]] = {}
 
-    def run(self, inbox: Inbox) -> None:
-        while (frame := inbox.get()) is not None:
-            if isinstance(frame, Generate):
-                flag = self._cancel[frame.request_id] = threading.Event()
-                threading.Thread(
+    def run(self) -> None:
+        """Answer until the end; return when no request is inside the model any more."""
+        while (frame := self._inbox.get()) is not None:
+            if isinstance(frame, Cancel) and (known := self._running.get(frame.request_id)):
+                known[1].set()
+            elif isinstance(frame, Generate | Embed | Render | Tokenize):
+                flag = threading.Event()
+                thread = threading.Thread(
                     target=self._answer, args=(frame, flag), name=f"tars-request-{frame.request_id}", daemon=True
-                ).start()
-            elif isinstance(frame, Cancel) and (known := self._cancel.get(frame.request_id)):
-                known.set()
+                )
+                self._running[frame.request_id] = thread, flag
+                thread.start()
+        running = list(self._running.values())
+        for _, flag in running:
+            flag.set()
+        for thread, _ in running:
+            thread.join()
 
-    def _answer(self, frame: Generate, cancel: threading.Event) -> None:
-        rules = _EventRules(self._prompts.plugin)
-        pending: Item | None = None  # Finished waits until the iterator has really ended
+    def _answer(self, frame: Generate | Embed | Render | Tokenize, cancel: threading.Event) -> None:
+        end = self._generate(frame, cancel) if isinstance(frame, Generate) else self._requests.aside(frame, cancel)
+        del self._running[frame.request_id]
+        self._send(Events(items=((frame.request_id, end),)))
+
+    def _generate(self, frame: Generate, cancel: threading.Event) -> Terminal:
+        rules = EventRules(self._requests.plugin)
+        end: BackendFinished | None = None  # waits until the iterator has really ended
         try:
-            request = self._prompts.prepare(frame)
-            events: Iterable[object] | None = self._hooks.tars_generate(
-                loaded=self._prompts.loaded, request=request, cancel=cancel
+            events: Iterable[object] | None = self._requests.hooks.tars_generate(
+                loaded=self._requests.loaded, request=self._requests.prepare(frame.request), cancel=cancel
             )
             if events is None or not hasattr(events, "__iter__"):
                 raise rules.broken("it must return an iterator of events")
             for event in events:
-                item = rules.check(event)
-                if rules.finished:
-                    pending = item
+                item: Item = rules.check(event)
+                if isinstance(item, BackendFinished):
+                    end = item
                 else:
                     self._send(Events(items=((frame.request_id, item),)))
-            if pending is None:
+            if end is None:
                 raise rules.broken("it ended without Finished")
         except BaseException as error:  # noqa: BLE001 - a plugin must not end the worker
-            pending = self._prompts.failed(error)
-        del self._cancel[frame.request_id]
-        self._send(Events(items=((frame.request_id, pending),)))
-
-
-class _BatchLoop:
-    """Drives a :class:`BatchedModel`: one loop, one frame a step."""
-
-    def __init__(self, model: BatchedModel, prompts: _Prompts, send: Send) -> None:
-        self._model = model
-        self._prompts = prompts
-        self._send = send
-        self._active: dict[int, _EventRules] = {}
-
-    def run(self, inbox: Inbox) -> None:
-        while True:
-            while not self._active or not inbox.empty():
-                frame = inbox.get()
-                if frame is None:
-                    return
-                self._take(frame)
-            self._step()
-
-    def _take(self, frame: HostFrame) -> None:
-        if isinstance(frame, Generate):
-            try:
-                self._model.submit(frame.request_id, self._prompts.prepare(frame))
-            except BaseException as error:  # noqa: BLE001 - a plugin must not end the worker
-                self._send(Events(items=((frame.request_id, self._prompts.failed(error)),)))
-            else:
-                self._active[frame.request_id] = _EventRules(self._prompts.plugin)
-        elif (
-            isinstance(frame, Cancel)
-            and frame.request_id in self._active
-            and (failed := self._cancel(frame.request_id))
-        ):
-            del self._active[frame.request_id]
-            self._send(Events(items=((frame.request_id, failed),)))
-
-    def _cancel(self, request_id: int) -> Failed | None:
-        try:
-            self._model.cancel(request_id)
-        except BaseException as error:  # noqa: BLE001 - it must not take the other requests along
-            return self._prompts.failed(error)
-        return None
-
-    def _step(self) -> None:
-        items: list[tuple[int, Item]] = []
-        try:
-            for request_id, event in self._model.step():
-                if (item := self._check(request_id, event)) is not None:
-                    items.append((request_id, item))
-        except BaseException as error:  # noqa: BLE001 - a step that fails fails every request in it
-            items += [(request_id, self._prompts.failed(error)) for request_id in self._active]
-            self._active.clear()
-        if items:
-            self._send(Events(items=tuple(items)))
-
-    def _check(self, request_id: int, event: BackendEvent | Exception) -> Item | None:
-        rules = self._active.get(request_id)
-        if rules is None:
-            return None  # its terminal item is out already
-        item: Item
-        try:
-            item = self._prompts.failed(event) if isinstance(event, Exception) else rules.check(event)
-        except ContractError as error:
-            item = self._prompts.failed(error)
-            self._cancel(request_id)  # if that fails too, the first failure is what counts
-        if isinstance(item, Failed | BackendFinished):
-            del self._active[request_id]
-        return item
+            return self._requests.failed(error)
+        return end

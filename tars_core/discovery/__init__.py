@@ -1,0 +1,1 @@
+"""Which plugins are installed, which can be trusted, and how one is asked."""

@@ -1,0 +1,1 @@
+"""For backends: what each would otherwise write for itself."""

@@ -1,0 +1,1 @@
+"""Which models lie here, and what their files say about themselves."""

@@ -1,0 +1,339 @@
+"""What an engine does on its event loop: decide, load, answer, fail over.
+
+Everything here runs on one loop, the private one of :mod:`.portal` or an application's own; no locks are needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from tars_core.config.settings import Settings
+from tars_core.planning.planner import Planner
+from tars_core.runtime import failover
+from tars_core.runtime.attempt import Sink, Try, lacks
+from tars_core.runtime.circuits import CircuitPolicy, Circuits, Key
+from tars_core.runtime.decisions import Decisions, in_daemon_thread
+from tars_core.runtime.failover import Attempts
+from tars_core.runtime.observers import Observers, Teller
+from tars_core.runtime.pool import Place, Pool
+from tars_core.types.errors import (
+    BackendUnavailable,
+    DeadlineExceeded,
+    EngineClosed,
+    Overloaded,
+    RequestError,
+    TarsError,
+    WorkerDied,
+)
+from tars_core.types.events import Finished, Started
+from tars_core.types.failures import Failure
+from tars_core.types.messages import Message
+from tars_core.types.models import OfferedModel
+from tars_core.types.observed import AttemptEnded, CircuitChanged, RequestEnded, RequestStarted
+from tars_core.types.reports import BackendStatus, LoadedStatus
+from tars_core.types.request import EmbedRequest, GenerateRequest, Task
+from tars_core.types.results import Candidate, Completion, Decision, Embeddings, Rejection
+from tars_core.worker.host import Worker, WorkerGoneError
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
+
+_log = logging.getLogger("tars_core.engine")
+
+T = TypeVar("T")
+
+
+class Ask(NamedTuple):
+    """One request as the caller meant it."""
+
+    request: GenerateRequest
+    """With messages, or with a raw prompt."""
+    model: str | None = None
+    """The name of a model; ``None``: the setting's."""
+    backend: str | None = None
+    """Only this one; for benchmarks."""
+    fallback_on: Callable[[Completion], bool] | None = None
+    """Whether the next candidate is to answer instead."""
+
+
+class Driver:
+    """The engine's asynchronous core. An application with a loop of its own may use it there directly."""
+
+    def __init__(
+        self, settings: Settings, plugins: Mapping[str, object] | None = None, observers: Observers | None = None
+    ) -> None:
+        limits = settings.limits
+        self.settings = settings
+        self._tell = Teller(observers if observers is not None else Observers())
+        self._planner = Planner(settings, plugins or {})
+        self._limits = failover.Limits(
+            load_s=limits.load_s,
+            first_token_s=limits.first_token_s,
+            between_tokens_s=limits.between_tokens_s,
+            total_s=limits.total_s,
+        )
+        self._circuits = Circuits(CircuitPolicy(), random.Random(), self._on_circuit)  # noqa: S311 - jitter
+        self._pool = Pool(settings, self._planner, self._circuits, self._tell)
+        self._decisions = Decisions(self._planner, self._pool, self._tell)
+        self._calls: set[asyncio.Task[object]] = set()
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count(1)
+        self._answering = 0
+        self._closed = False
+        self.last_answered: dict[str | None, str] = {}
+        """By the model that was asked for: the backend."""
+
+    async def run(self, work: Coroutine[None, None, T]) -> T:
+        """Await what a caller asked for; :meth:`close` cancels it."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._calls.add(task)
+        try:
+            if self._closed:
+                work.close()
+                raise EngineClosed
+            return await work
+        finally:
+            self._calls.discard(task)
+
+    # ---- what would happen, and what is there --------------------------------------------------
+
+    async def decide(self, model: str | None = None, *, refresh: bool = False) -> Decision:
+        """Return what would be tried for a model, in order. Raises where nothing can be."""
+        return await self._decisions.get(model, refresh=refresh)
+
+    async def models(self) -> tuple[OfferedModel, ...]:
+        """Return the models known by name."""
+        return await self._decisions.models()
+
+    async def statuses(self) -> tuple[BackendStatus, ...]:
+        """Return the state of every installed plugin, quarantined ones included; crashed ones are tried anew."""
+        return await self._decisions.statuses()
+
+    async def loaded(self) -> tuple[LoadedStatus, ...]:
+        """Return the models in memory."""
+        return self._pool.loaded()
+
+    async def load(self, model: str | None = None) -> LoadedStatus:
+        """Load the first candidate for a model, unless it is loaded. Nobody takes over."""
+        decision = await self.decide(model)
+        place = self._pool.place(decision.model, decision.candidates[0])
+        self._pool.hold(place)
+        try:
+            await self._pool.worker(place)
+            return self._pool.status(place)
+        finally:
+            self._pool.release(place)
+
+    async def unload(self, model: str | None = None) -> None:
+        """End the workers of a model, or all, each when its requests are done."""
+        await self._pool.unload(self._pool.find(model))
+
+    # ---- answering -----------------------------------------------------------------------------
+
+    async def answer(self, ask: Ask, sink: Sink) -> Completion:
+        """Answer one request; ``sink`` gets every event of its stream, on this loop's thread."""
+        if self._answering >= self.settings.max_queue:
+            raise Overloaded(
+                f"{self._answering} requests are running or waiting, max_queue is {self.settings.max_queue}",
+                hint="try again in a moment, or raise max_queue",
+            )
+        return await self._counted(ask.model, lambda number: self._answer(ask, sink, number))
+
+    async def _counted(self, model: str | None, work: Callable[[int], Awaitable[T]]) -> T:
+        """Do the work of one request, and tell the observers of its beginning and its end."""
+        number, began = next(self._ids), time.monotonic()
+        self._answering += 1
+        self._tell(RequestStarted(request_id=number, model=model))
+        answer: T | None = None
+        failure: Failure | None = None
+        try:
+            answer = await work(number)
+        except asyncio.CancelledError:
+            failure = Failure(kind="Cancelled", message="the caller gave up")
+            raise
+        except TarsError as error:
+            failure = Failure.of(error)
+            raise
+        finally:
+            self._answering -= 1
+            self._tell(
+                RequestEnded(
+                    request_id=number,
+                    model=model,
+                    duration_s=time.monotonic() - began,
+                    completion=answer if isinstance(answer, Completion) else None,
+                    failure=failure,
+                )
+            )
+        return answer
+
+    async def _answer(self, ask: Ask, sink: Sink, number: int) -> Completion:
+        started = time.monotonic()
+        decision = self._suited(await self._in_time(self.decide(ask.model)), ask.request.needs(), ask.backend)
+        sink(Started(decision=decision))
+
+        async def accepted(attempt: Try) -> Completion | None:
+            completion = await attempt.run(ask.request, sink, decision)
+            judge = ask.fallback_on
+            if judge is None:
+                return completion
+            # In a thread: it is not known what a caller's function does.
+            refused = await in_daemon_thread(lambda: judge(completion), name="tars-judge")
+            return None if refused else completion
+
+        completion = await self._first(decision, ask.model, "generate", number, accepted, started)
+        self.last_answered[ask.model] = completion.backend
+        sink(Finished(completion=completion))
+        return completion
+
+    async def _first(  # noqa: PLR0913, PLR0917 - what there is to know of a request
+        self,
+        decision: Decision,
+        model: str | None,
+        task: Task,
+        number: int,
+        run: Callable[[Try], Awaitable[T | None]],
+        started: float,
+    ) -> T:
+        """Return what the first candidate brings that neither fails nor is refused, which is ``None``."""
+        attempts = Attempts(decision.candidates, self._limits, self._circuits, now=started)
+        told = 0
+        while True:
+            candidate = attempts.next(time.monotonic(), self._pool.warm(task))
+            self._reload(attempts, decision.model, task)
+            _log.info("asking %s for %s (%s)", candidate.backend, candidate.model, ", ".join(candidate.reasons))
+            attempt = Try(self._pool, self._pool.place(decision.model, candidate, task), attempts, started)
+            try:
+                if (answer := await run(attempt)) is not None:
+                    return answer
+                attempts.rejected(time.monotonic())
+            except WorkerGoneError:
+                attempts.reconsider()
+            except TarsError as error:
+                if isinstance(error, RequestError) and not attempts.text:
+                    attempts.undecided()
+                    raise
+                _log.info("%s failed: %s", candidate.backend, error)
+                self._decisions.doubt(model)
+                attempts.failed(error, time.monotonic(), incident=attempt.incident)
+            except BaseException:
+                attempts.undecided()
+                raise
+            finally:
+                for ended in attempts.attempts[told:]:
+                    self._tell(AttemptEnded(request_id=number, attempt=ended))
+                told = len(attempts.attempts)
+
+    def _suited(self, decision: Decision, needs: frozenset[str], only: str | None = None) -> Decision:
+        """Return the decision without candidates that are known to lack what the request needs."""
+        kept: list[Candidate] = []
+        rejected = list(decision.rejected)
+        for candidate in decision.candidates:
+            known = self._pool.features(candidate)
+            if known is not None and (lacking := needs - known):
+                rejected.append(Rejection(backend=candidate.backend, model=candidate.model, reason=lacks(lacking)))
+            elif only in (None, candidate.backend):
+                kept.append(candidate)
+        if len(kept) == len(decision.candidates):
+            return decision
+        if not kept:
+            raise BackendUnavailable(
+                f"no backend can answer this request with {decision.model}",
+                reasons={r.backend: r.reason for r in rejected},
+                hint="tars plan shows what each backend can do",
+            )
+        return msgspec.structs.replace(decision, candidates=tuple(kept), rejected=tuple(rejected))
+
+    async def _in_time(self, step: Awaitable[T]) -> T:
+        try:
+            async with timeout(self._limits.total_s):
+                return await step
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(stage="total", limit_s=self._limits.total_s or 0.0) from None
+
+    def _reload(self, attempts: Attempts, name: str, task: Task) -> None:
+        """Load whose pause is over, behind the caller's back, unless that would displace who answers."""
+        while attempts.to_reload:
+            place = self._pool.place(name, attempts.to_reload.pop(), task)
+            if self._pool.fits(place):
+                reloading = asyncio.ensure_future(self._tried_again(place))
+                self._reloads.add(reloading)
+                reloading.add_done_callback(self._reloads.discard)
+
+    async def _tried_again(self, place: Place) -> None:
+        trial = object()
+        self._circuits.began(place.key, trial)
+        try:
+            await self._pool.worker(place)
+        except TarsError as error:
+            died = isinstance(error, WorkerDied)
+            self._circuits.failed(place.key, trial, time.monotonic(), incident=place.serial, died=died)
+        finally:
+            self._circuits.undecided(place.key, trial)
+
+    # ---- other questions -----------------------------------------------------------------------
+
+    async def tokenize(self, model: str | None, messages: Sequence[Message], prompt: str | None) -> tuple[int, ...]:
+        """Return the tokens of a prompt, or of what the model's template makes of ``messages``."""
+
+        async def question(worker: Worker) -> tuple[int, ...]:
+            text = prompt if prompt is not None else await worker.render(tuple(messages))
+            return await worker.tokenize(text)
+
+        return await self._counted(
+            model, lambda number: self._asked(model, "generate", frozenset({"tokenize"}), question, number)
+        )
+
+    async def embed(self, model: str | None, request: EmbedRequest) -> Embeddings:
+        """Return the vectors of texts; with a query, their scores."""
+        task: Task = "embed" if request.query is None else "rerank"
+        feature = "embeddings" if request.query is None else "rerank"
+        return await self._counted(
+            model,
+            lambda number: self._asked(model, task, frozenset({feature}), lambda worker: worker.embed(request), number),
+        )
+
+    async def _asked(
+        self,
+        model: str | None,
+        task: Task,
+        needs: frozenset[str],
+        question: Callable[[Worker], Awaitable[T]],
+        number: int,
+    ) -> T:
+        started = time.monotonic()
+        decision = self._suited(await self._in_time(self.decide(model)), needs)
+        return await self._first(decision, model, task, number, lambda attempt: attempt.ask(needs, question), started)
+
+    # ---- the end -------------------------------------------------------------------------------
+
+    def _on_circuit(self, key: Key, state: Literal["closed", "open", "quarantined"], pause_s: float) -> None:
+        self._tell(CircuitChanged(backend=key[0], model=key[1], state=state, pause_s=pause_s))
+
+    async def close(self) -> None:
+        """Cancel what runs and end every worker."""
+        self._closed = True
+        await _cancelled(self._calls)
+        await _cancelled(self._reloads)
+        await self._decisions.close()
+        await self._pool.close()
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[T]]) -> None:
+    """Cancel ``tasks``; return when they have ended."""
+    pending = [task for task in tasks if not task.done()]
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)

@@ -1,0 +1,338 @@
+"""The models in memory: who is loaded, who makes room, who is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from tars_core.config.settings import Settings
+from tars_core.hookspecs import LoadOptions
+from tars_core.planning.planner import InMemory, Planner
+from tars_core.runtime.circuits import Circuits, Key
+from tars_core.runtime.observers import Teller
+from tars_core.system import memory
+from tars_core.types.errors import BackendError, LoadFailed, TarsError, WorkerDied
+from tars_core.types.failures import Failure
+from tars_core.types.models import ModelRef
+from tars_core.types.observed import LoadEnded, LoadProgressed, WorkerEnded, WorkerStarted
+from tars_core.types.reports import LoadedStatus
+from tars_core.types.request import Task
+from tars_core.types.results import Candidate
+from tars_core.worker.host import Worker
+from tars_core.worker.protocol import Load, Loaded
+
+_log = logging.getLogger("tars_core.engine")
+_END_S = 3.0
+"""How long a load waits for the memory of a process that was killed."""
+
+PlaceKey: TypeAlias = tuple[str, ModelRef, Task]
+
+
+class Place:
+    """Where one model lives with one backend: not loaded yet, loading, or loaded."""
+
+    def __init__(self, name: str, candidate: Candidate, task: Task) -> None:
+        self.name = name
+        self.candidate = candidate
+        self.task = task
+        self.worker: Worker | None = None
+        self.loading: asyncio.Task[Worker] | None = None
+        self.serial = 0
+        """Of the worker that was loaded, or tried, last."""
+        self.used_at = time.monotonic()
+        self.waiting = 0
+        """Requests that hold on to it: running, waiting for a place, or about to."""
+        self.warnings: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        """What its circuit is known by."""
+        return self.candidate.backend, self.candidate.model
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is loaded and lives."""
+        return self.worker is not None and self.worker.answers
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is loaded and nobody needs it now."""
+        return self.worker is not None and not self.waiting and self.worker.idle
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its backend reckoned that it takes."""
+        return self.candidate.report.memory_bytes or 0
+
+
+class Pool:
+    """The workers of one engine, each loaded at most once. Keeps what fits.
+
+    When memory, or ``max_loaded``, demands it, the least recently used idle one goes.
+    """
+
+    def __init__(self, settings: Settings, planner: Planner, circuits: Circuits, tell: Teller) -> None:
+        self._settings = settings
+        self._planner = planner
+        self._circuits = circuits
+        self._tell = tell
+        self._places: dict[PlaceKey, Place] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._making_room = asyncio.Lock()
+        self._reserved: dict[Place, int] = {}
+        """Bytes that loads under way will take."""
+        self._released = asyncio.Event()
+
+    # ---- what is there -------------------------------------------------------------------------
+
+    def place(self, name: str, candidate: Candidate, task: Task = "generate") -> Place:
+        """Return the candidate's place; ``name`` is what the model was asked for by."""
+        place = self._places.setdefault((candidate.backend, candidate.model, task), Place(name, candidate, task))
+        place.candidate = candidate
+        return place
+
+    def warm(self, task: Task = "generate") -> frozenset[Key]:
+        """Return who is in memory and answers."""
+        return frozenset(p.key for p in self._places.values() if p.answers and p.task == task)
+
+    def features(self, candidate: Candidate) -> frozenset[str] | None:
+        """Return what a candidate can do: a fact where it is loaded, else its backend's guess; ``None``: not known."""
+        place = self._places.get((candidate.backend, candidate.model, "generate"))
+        worker = place.worker if place is not None else None
+        return worker.loaded.features if worker is not None and worker.loaded is not None else candidate.report.features
+
+    def in_memory(self) -> InMemory:
+        """Return what a decision needs to know of it."""
+        loaded = [place for place in self._places.values() if place.answers]
+        return InMemory(frozenset(p.key for p in loaded), sum(p.memory_bytes for p in loaded))
+
+    def loaded(self) -> tuple[LoadedStatus, ...]:
+        """Return the models in memory, the latest used first."""
+        now = time.monotonic()
+        places = sorted((p for p in self._places.values() if p.answers), key=lambda p: p.used_at, reverse=True)
+        return tuple(self._status(place, place.worker, now) for place in places if place.worker is not None)
+
+    def status(self, place: Place) -> LoadedStatus:
+        """Return the state of a model that is loaded."""
+        assert place.worker is not None  # noqa: S101 - the caller has just loaded it
+        return self._status(place, place.worker, time.monotonic())
+
+    @staticmethod
+    def _status(place: Place, worker: Worker, now: float) -> LoadedStatus:
+        loaded = worker.loaded
+        assert loaded is not None  # noqa: S101 - it answers
+        return LoadedStatus(
+            name=place.name,
+            backend=place.candidate.backend,
+            model=place.candidate.model,
+            task=place.task,
+            device=loaded.device,
+            context_length=loaded.context_length,
+            concurrency=loaded.concurrency,
+            running=worker.running,
+            features=tuple(sorted(loaded.features)),
+            pid=worker.pid,
+            resident_bytes=memory.resident_bytes(worker.pid) if worker.pid is not None else None,
+            idle_s=0.0 if worker.running else now - place.used_at,
+            warnings=place.warnings,
+        )
+
+    # ---- loading -------------------------------------------------------------------------------
+
+    def fits(self, place: Place) -> bool:
+        """Say whether it can be loaded, or is, without ending another."""
+        return place.answers or self._fits(place)
+
+    async def worker(self, place: Place) -> Worker:
+        """Return the place's worker, loading it unless it lives; requests that come meanwhile share the load."""
+        if place.worker is not None and place.worker.answers:
+            return place.worker
+        if place.loading is None or place.loading.done():
+            place.loading = asyncio.ensure_future(self._load(place))
+            place.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        # Shielded: one caller who gives up must not end the load the others wait for.
+        return await asyncio.shield(place.loading)
+
+    async def _load(self, place: Place) -> Worker:
+        backend, model = place.key
+        began = time.monotonic()
+        failure: Failure | None = None
+        try:
+            async with self._making_room:
+                await self._make_room(place)
+                self._reserved[place] = place.memory_bytes
+            worker = Worker(backend, on_end=lambda ended: self._died(place, ended))
+            place.serial = worker.serial
+            place.worker = await self._started(place, worker)
+        except TarsError as error:
+            failure = Failure.of(error)
+            raise
+        finally:
+            self._reserved.pop(place, None)
+            self._tell(LoadProgressed(backend=backend, model=model, fraction=1.0))
+            self._tell(LoadEnded(backend=backend, model=model, duration_s=time.monotonic() - began, failure=failure))
+        _log.info("%s loaded: %s", backend, worker.loaded)
+        self._tell(WorkerStarted(backend=backend, model=model, pid=worker.pid))
+        place.used_at = time.monotonic()
+        self._released.set()
+        return worker
+
+    async def _started(self, place: Place, worker: Worker) -> Worker:
+        backend, model = place.key
+        target, value = self._planner.plugin(backend)
+        settings = self._settings
+        options = LoadOptions(
+            task=place.task,
+            device=settings.require_device or settings.device,
+            context_length=settings.context_length,
+            threads=settings.threads,
+            gpu_layers=settings.gpu_layers,
+            concurrency=settings.concurrency,
+            allow_download=settings.allow_download,
+            backend_settings=self._planner.backend_settings(backend),
+        )
+
+        def on_progress(fraction: float, note: str) -> None:
+            self._tell(LoadProgressed(backend=backend, model=model, fraction=fraction, note=note))
+
+        try:
+            loaded = await worker.load(
+                Load(plugin=backend, target=target or "", model=model, options=options),
+                limit_s=settings.limits.load_s,
+                plugin=value if target is None or settings.isolation == "none" else None,
+                python=settings.python,
+                on_progress=on_progress,
+            )
+            if settings.require_device == "gpu" and loaded.device == "cpu":
+                raise LoadFailed(f"{backend} loaded the model on the CPU, and a GPU is required")
+        except BaseException:
+            self._end(place, worker)
+            raise
+        place.warnings = tuple(self._warnings(backend, loaded))
+        for warning in place.warnings:
+            _log.warning("%s", warning)
+        return worker
+
+    def _warnings(self, backend: str, loaded: Loaded) -> Iterable[str]:
+        if self._settings.device == "gpu" and loaded.device == "cpu":
+            yield f"{backend} runs on the CPU, not on a GPU; require_device='gpu' forbids it"
+        wanted = self._settings.context_length
+        if wanted is not None and loaded.context_length < wanted:
+            yield f"{backend} has a context of {loaded.context_length} tokens, not of {wanted}"
+
+    # ---- making room ---------------------------------------------------------------------------
+
+    async def _make_room(self, place: Place) -> None:
+        """End the least recently used idle workers until ``place`` fits; wait for busy ones where only these are left.
+
+        What a backend reckons is an estimate: where nobody can go, the load is tried all the same.
+        """
+        if place.worker is not None:
+            self._end(place, place.worker)
+        while not self._fits(place):
+            loaded = [p for p in self._places.values() if p.answers and p is not place]
+            idle = sorted((p for p in loaded if p.idle), key=lambda p: p.used_at)
+            if self._ending and not self._too_many(place):
+                gone, _ = await asyncio.wait(self._ending, timeout=_END_S, return_when=asyncio.FIRST_COMPLETED)
+                if not gone:  # they cannot be killed: their memory is not waited for
+                    return
+            elif idle and idle[0].worker is not None:
+                _log.info("%s makes room for %s", idle[0].key, place.key)
+                self._end(idle[0], idle[0].worker)
+            elif loaded:
+                self._released.clear()
+                await self._released.wait()
+            else:
+                return
+
+    def _fits(self, place: Place) -> bool:
+        if self._too_many(place):
+            return False
+        free = memory.free_bytes()
+        return free is None or place.memory_bytes <= free - sum(self._reserved.values())
+
+    def _too_many(self, place: Place) -> bool:
+        most = self._settings.max_loaded
+        others = [p for p in self._places.values() if p is not place and (p.answers or p in self._reserved)]
+        return most is not None and len(others) >= most
+
+    # ---- using and ending ----------------------------------------------------------------------
+
+    def hold(self, place: Place) -> None:
+        """Note that a request needs the place: it is not evicted."""
+        place.waiting += 1
+
+    def release(self, place: Place) -> None:
+        """Note that a request needs the place no more."""
+        place.waiting -= 1
+        place.used_at = time.monotonic()
+        self._released.set()
+        if (keep_s := self._settings.keep_alive) is not None:
+            asyncio.get_running_loop().call_later(keep_s, self._expire, place, place.used_at)
+
+    def answered(self, place: Place) -> None:
+        """End the idle workers of other backends for the same model: it need not be in memory twice.
+
+        One that was loaded and not used yet is to be tried next.
+        """
+        for other in self._places.values():
+            if other is not place and (other.name, other.task) == (place.name, place.task) and other.idle:
+                worker = other.worker
+                if worker is not None and worker.used:
+                    self._end(other, worker)
+
+    def _expire(self, place: Place, used_at: float) -> None:
+        if place.idle and place.used_at == used_at and place.worker is not None:
+            self._end(place, place.worker)
+
+    async def unload(self, places: Iterable[Place]) -> None:
+        """End workers, each when its requests are done; return when they are gone."""
+        for place in list(places):
+            if place.loading is not None and not place.loading.done():
+                await asyncio.wait((place.loading,))
+            while place.worker is not None and not place.idle:
+                self._released.clear()
+                await self._released.wait()
+            if place.worker is not None:
+                await asyncio.shield(self._end(place, place.worker))
+
+    def find(self, name: str | None) -> list[Place]:
+        """Return the places of a model, or all."""
+        return [p for p in self._places.values() if name is None or name in (p.name, str(p.candidate.model))]
+
+    def _died(self, place: Place, worker: Worker) -> None:
+        """Count a worker's end that nobody asked for: once, however many requests it takes along."""
+        error = worker.dead
+        now = time.monotonic()
+        died = isinstance(error, WorkerDied)
+        if worker.loaded is not None:  # else its load fails, and that is counted there
+            self._circuits.failed(place.key, worker, now, incident=worker.serial, died=died)
+        self._released.set()
+        self._end(place, worker)
+
+    def _end(self, place: Place, worker: Worker) -> asyncio.Task[None]:
+        """End a worker behind everybody's back; nobody gets it any more from here on."""
+        if place.worker is worker:
+            place.worker = None
+        failure = Failure.of(worker.dead) if isinstance(worker.dead, BackendError) else None
+        backend, model = place.key
+        self._tell(WorkerEnded(backend=backend, model=model, pid=worker.pid, failure=failure))
+        ending = asyncio.ensure_future(worker.close())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        return ending
+
+    async def close(self) -> None:
+        """End every worker; return when they are gone."""
+        loading = [p.loading for p in self._places.values() if p.loading is not None and not p.loading.done()]
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
+        for place in self._places.values():
+            if place.worker is not None:
+                self._end(place, place.worker)
+        await asyncio.gather(*self._ending)
+        self._places.clear()

@@ -1,1 +1,0 @@
-"""What models this machine has, and what their files say about themselves."""

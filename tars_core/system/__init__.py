@@ -1,0 +1,1 @@
+"""What this machine, or container, is: processes, memory, processors."""

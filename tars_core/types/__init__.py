@@ -1,0 +1,1 @@
+"""What is passed around: values, checked on construction. No I/O."""

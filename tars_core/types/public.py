@@ -1,0 +1,93 @@
+"""What all public values share: ``to_dict()``, ``to_json()``, and one line when printed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from pydantic_core.core_schema import CoreSchema
+
+_LONG = 60
+
+
+class Public(msgspec.Struct, frozen=True, kw_only=True):
+    """A value that users see.
+
+    ``repr`` is one line: long values are shortened and defaults are left out. Pydantic and FastAPI accept the value as
+    it is and write it as :meth:`to_dict` does.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the value as plain dicts, lists, strings and numbers; a model's reference becomes its name."""
+        return {name: plain(getattr(self, name)) for name in self.__struct_fields__}
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON, on one line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield names and plain values, so that ``dict(value)`` works, as it does for pydantic's models."""
+        yield from self.to_dict().items()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._parts())})"
+
+    def _parts(self) -> list[str]:
+        """Return ``name=value`` for each field that is not at its default."""
+        parts = []
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            factory = field.default_factory
+            if value != (field.default if factory is msgspec.NODEFAULT else factory()):
+                parts.append(f"{field.name}={brief(value)}")
+        return parts
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: object, _handler: object) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415 - who calls this has imported pydantic
+
+        written = core_schema.plain_serializer_function_ser_schema(lambda value: value.to_dict())
+        return core_schema.is_instance_schema(cls, serialization=written)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: object, _handler: object) -> dict[str, Any]:
+        return {"type": "object", "title": cls.__name__}
+
+
+def brief(value: object) -> str:
+    """Return ``value`` in a few words on one line."""
+    match value:
+        case str():
+            return repr(value if len(value) <= _LONG else value[: _LONG - 1] + "…")
+        case float():
+            return f"{value:.4g}"
+        case tuple() | Mapping() if len(repr(value)) > _LONG:
+            return f"<{len(value)} items>"
+        case msgspec.Struct() if len(repr(value)) > _LONG:
+            return f"<{type(value).__name__}>"
+    return repr(value)
+
+
+def plain(value: object) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """Return ``value`` as dicts, lists, strings, numbers and ``None``."""
+    result: object = str(value)  # such as a model's reference
+    match value:
+        case Public():
+            result = value.to_dict()
+        case AbstractSet():
+            result = sorted(map(str, value))
+        case Mapping():
+            result = {str(key): plain(item) for key, item in value.items()}
+        case tuple() | list():
+            result = [plain(item) for item in value]
+        case bytes():
+            result = base64.b64encode(value).decode()
+        case None | bool() | int() | float() | str():
+            result = value
+    return result
