@@ -151,6 +151,9 @@ class Model(LoadedModel):
     def __init__(self):
         super().__init__(device="cpu", context_length=99, concurrency=4)
         self.running = {}
+    def prepare(self, request):
+        return request
+
     def submit(self, request_id, request):
         self.running[request_id] = [0, request.prompt]
     def step(self):

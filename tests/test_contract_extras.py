@@ -8,6 +8,7 @@ import pydantic
 
 from tars_core import InferenceEngine, Message, ModelRef, ProbeReport
 from tars_core.plugin import (
+    BASIC_FEATURES,
     BackendEvent,
     CancelFlag,
     Finished,
@@ -56,7 +57,11 @@ class _Parrot:
     ) -> LoadedModel:
         del model, progress, cancel
         self.settings.append(options.backend_settings)
-        return LoadedModel(device="cpu", context_length=512, renders_chat=self._renders_chat)
+        return LoadedModel(
+            device="cpu",
+            context_length=512,
+            features=BASIC_FEATURES | ({"renders_chat"} if self._renders_chat else set()),
+        )
 
     @hookimpl
     def tars_generate(

@@ -95,7 +95,7 @@ def test_a_seed_reaches_the_backend_and_without_one_each_request_draws_its_own(m
         ({"prompt": "hi", "messages": [{"role": "user", "content": "x"}]}, "either"),
         ({"messages": []}, "at least one"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role"),
-        ({"messages": [{"role": "user"}]}, "exactly the keys"),
+        ({"messages": [{"role": "user"}]}, "has the keys"),
         ({"messages": [{"role": "user", "content": " "}]}, "blank"),
         ({"prompt": "hi", "raw": True, "system_prompt": "x"}, "raw"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 import tars_core
 from tars_core import plugin
-from tars_core.types import errors
+from tars_core.types import errors, failures
 
 HEAVY = (
     "pydantic",
@@ -30,7 +30,8 @@ HEAVY = (
 )
 ERRORS = {
     name: value
-    for name, value in vars(errors).items()
+    for module in (errors, failures)
+    for name, value in vars(module).items()
     if inspect.isclass(value) and issubclass(value, errors.TarsError)
 }
 STRUCTS = {

@@ -28,10 +28,10 @@ from tars_core.types.errors import (
     WorkerDied,
 )
 from tars_core.types.failures import Failure
-from tars_core.types.messages import Message, check_messages
+from tars_core.types.messages import Image, Message, Text, check_messages
 from tars_core.types.models import ModelRef
 from tars_core.types.reports import ProbeReport
-from tars_core.types.request import SamplingParams
+from tars_core.types.request import GenerateRequest, SamplingParams
 from tars_core.types.text import check_text
 from tars_core.worker.protocol import LoadRefused, encode, worker_frames
 
@@ -294,21 +294,47 @@ def test_no_messages_at_all_are_refused(messages: Sequence[Message]) -> None:
     ids=repr,
 )
 def test_a_message_with_other_keys_is_refused(message: dict[str, str]) -> None:
-    with pytest.raises(RequestError, match="exactly the keys role and content"):
+    with pytest.raises(RequestError, match="has the keys role and content"):
         check_messages([message])
 
 
-@pytest.mark.parametrize("role", ["tool", "User", "", None, 5, ["user"]])
+@pytest.mark.parametrize("role", ["developer", "User", "", None, 5, ["user"]])
 def test_an_unknown_role_is_refused_and_the_known_ones_listed(role: str) -> None:
     with pytest.raises(RequestError, match="unknown role") as refused:
         check_messages([{"role": role, "content": "hi"}])
-    assert refused.value.hint == "use one of system, user, assistant"
+    assert refused.value.hint == "use one of system, user, assistant, tool"
 
 
-@pytest.mark.parametrize("content", [None, 5, b"hi", [{"type": "text", "text": "hi"}]])
+@pytest.mark.parametrize("content", [None, 5, b"hi", {"type": "text", "text": "hi"}])
 def test_content_that_is_no_text_is_refused(content: str) -> None:
     with pytest.raises(RequestError, match="message content must be text"):
         check_messages([{"role": "user", "content": content}])
+
+
+def test_parts_that_are_all_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "What is "}, Text(text="TARS?")]
+    (message,) = check_messages([{"role": "user", "content": parts}])
+    assert message == Message(role="user", content="What is TARS?")
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url' is not supported"),
+        ({"type": "text", "text": "x", "cache_control": {}}, "'text' is not supported"),
+        ({"type": "text", "text": 5}, "must be text, not int"),
+        ("hi", "a part of a message is"),
+    ],
+)
+def test_a_part_of_another_kind_is_refused_and_never_dropped(part: object, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        check_messages([{"role": "user", "content": [part]}])
+
+
+def test_a_picture_stays_a_part_and_needs_a_backend_that_reads_pictures() -> None:
+    message = Message(role="user", content=(Text(text="What is this?"), Image(data=b"x", media_type="image/png")))
+    assert message.text == "What is this?"
+    assert "images" in GenerateRequest(messages=(message,), sampling=SamplingParams()).needs()
 
 
 def test_24_a_lone_surrogate_is_refused_with_its_place() -> None:

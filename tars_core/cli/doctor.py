@@ -8,14 +8,13 @@ import platform
 import re
 import sys
 
-import msgspec
-
 from tars_core._version import __version__
 from tars_core.cli import output
 from tars_core.cli.plain import dump
 from tars_core.config.settings import Settings, cache_folder, user_file
 from tars_core.engine import InferenceEngine
 from tars_core.system import memory
+from tars_core.types.public import Public
 from tars_core.types.reports import BackendStatus
 
 _GIB = 2**30
@@ -27,7 +26,7 @@ _SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/@\s]*@")
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class Report(Public, frozen=True, kw_only=True):
     """What is reported."""
 
     tars: str

@@ -7,7 +7,6 @@ import sys
 import time
 
 import click
-import msgspec
 
 from tars_core.cli import output
 from tars_core.cli.plain import dump
@@ -16,6 +15,7 @@ from tars_core.engine import InferenceEngine
 from tars_core.planning import speeds
 from tars_core.types.errors import TarsError
 from tars_core.types.models import ModelRef
+from tars_core.types.public import Public
 from tars_core.types.results import Completion
 
 _PROMPT = "¿Cuál es tu nombre?"
@@ -23,7 +23,7 @@ _TOKENS = 32
 _RUNS = 3
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
+class Measured(Public, frozen=True, kw_only=True):
     """One backend's figures; of several warm runs, the median."""
 
     backend: str

@@ -26,7 +26,6 @@ from tars_core.runtime.failover import Attempts
 from tars_core.runtime.observers import Observers, Teller
 from tars_core.runtime.pool import Place, Pool
 from tars_core.types.errors import (
-    BackendUnavailable,
     DeadlineExceeded,
     EngineClosed,
     Overloaded,
@@ -41,7 +40,7 @@ from tars_core.types.models import OfferedModel
 from tars_core.types.observed import AttemptEnded, CircuitChanged, RequestEnded, RequestStarted
 from tars_core.types.reports import BackendStatus, LoadedStatus
 from tars_core.types.request import EmbedRequest, GenerateRequest, Task
-from tars_core.types.results import Candidate, Completion, Decision, Embeddings, Rejection
+from tars_core.types.results import Completion, Decision, Embeddings, Rejection
 from tars_core.worker.host import Worker, WorkerGoneError
 
 if sys.version_info >= (3, 11):
@@ -238,23 +237,26 @@ class Driver:
 
     def _suited(self, decision: Decision, needs: frozenset[str], only: str | None = None) -> Decision:
         """Return the decision without candidates that are known to lack what the request needs."""
-        kept: list[Candidate] = []
-        rejected = list(decision.rejected)
+        unsuited: list[Rejection] = []
         for candidate in decision.candidates:
             known = self._pool.features(candidate)
             if known is not None and (lacking := needs - known):
-                rejected.append(Rejection(backend=candidate.backend, model=candidate.model, reason=lacks(lacking)))
-            elif only in (None, candidate.backend):
-                kept.append(candidate)
-        if len(kept) == len(decision.candidates):
+                unsuited.append(Rejection(backend=candidate.backend, model=candidate.model, reason=lacks(lacking)))
+            elif only not in (None, candidate.backend):
+                unsuited.append(
+                    Rejection(backend=candidate.backend, model=candidate.model, reason=f"only {only} was asked for")
+                )
+        if not unsuited:
             return decision
+        left_out = {(r.backend, r.model) for r in unsuited}
+        kept = tuple(c for c in decision.candidates if (c.backend, c.model) not in left_out)
         if not kept:
-            raise BackendUnavailable(
-                f"no backend can answer this request with {decision.model}",
-                reasons={r.backend: r.reason for r in rejected},
+            listed = "".join(f"\n  {r.backend}: {r.reason}" for r in unsuited)
+            raise RequestError(
+                f"no backend can answer this request with {decision.model}{listed}",
                 hint="tars plan shows what each backend can do",
             )
-        return msgspec.structs.replace(decision, candidates=tuple(kept), rejected=tuple(rejected))
+        return msgspec.structs.replace(decision, candidates=kept, rejected=(*decision.rejected, *unsuited))
 
     async def _in_time(self, step: Awaitable[T]) -> T:
         try:

@@ -68,6 +68,7 @@ class Stream(Iterator[StreamEvent]):
     def __init__(self, answering: Answering) -> None:
         self._pid = os.getpid()
         self._closed = False
+        self._answering = answering  # keeps the engine alive that nobody else may hold
         self._waiting = _Waiting()
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """One for each event that waits; ``False``: the end."""

@@ -87,7 +87,7 @@ def _part(part: object) -> Part:
     match part:
         case Text() | Image():
             return part
-        case {"type": "text", "text": text, **others} if not others:
+        case {"type": "text", "text": text} if len(part) == 2:  # noqa: PLR2004 - those two keys
             return Text(text=cast("str", text))  # checked there
         case {"type": kind}:
             raise RequestError(f"a part of the type {kind!r:.40} is not supported", hint="use text")
@@ -108,10 +108,10 @@ def _message(message: object) -> Message:
     if isinstance(message, Message):
         return message
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise RequestError(f"a message is a dict with the keys role and content, not {message!r:.80}")
+        raise RequestError(f"a message has the keys role and content, not {message!r:.80}")
     if unknown := sorted(map(str, message.keys() - _KEYS)):
         raise RequestError(
-            f"a message has the key {unknown[0]}, which no backend here understands",
+            f"a message has the keys role and content, not {unknown[0]}",
             hint=f"known: {', '.join(sorted(_KEYS))}",
         )
     fields: dict[str, Any] = dict(message)  # Message checks its values itself

@@ -30,6 +30,8 @@ from tars_core.worker.protocol import (
 )
 from tars_core.worker.requests import EventRules, Inbox, Requests, Send, told_with_trace
 
+_BATCHED = ("prepare", "submit", "step", "cancel")
+
 
 def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | None = None) -> None:
     """Load what the first frame names, then answer until ``None`` comes.
@@ -89,6 +91,13 @@ def _load(hooks: pluggy.HookRelay, frame: Load, send: Send, closing: threading.E
         raise LoadFailed(told_with_trace(error)) from error
     if not isinstance(loaded, LoadedModel):
         raise ContractError(f"{frame.plugin}: tars_load must return a LoadedModel, not {type(loaded).__name__}")
+    missing = [name for name in _BATCHED if not hasattr(loaded, name)]
+    if 0 < len(missing) < len(_BATCHED):
+        raise ContractError(
+            f"{frame.plugin}: {type(loaded).__name__} has {', '.join(n for n in _BATCHED if n not in missing)},"
+            f" but not {', '.join(missing)}",
+            hint="a batched model has all four; one that runs tars_generate has none",
+        )
     return loaded
 
 
