@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from tars_core.config.gather import load_settings
 from tars_core.config.settings import Settings
-from tars_core.runtime.driver import Ask
+from tars_core.runtime.driver import Ask, Driver
 from tars_core.runtime.observers import Observer, Observers
 from tars_core.runtime.portal import Portal
 from tars_core.runtime.streams import AsyncStream, Stream
@@ -291,7 +291,7 @@ class InferenceEngine:
 
     def get_active_backend(self) -> str | None:
         """Return the backend that answered last, else the one that would be tried first. Loads nothing."""
-        driver = self._portal.driver
+        driver = self._driver
         if driver is not None and None in driver.last_answered:
             return driver.last_answered[None]
         return next(iter(self.list_available_backends()), None)
@@ -318,6 +318,10 @@ class InferenceEngine:
         except TarsError:
             return None  # the promised answer for a backend that fails
         return time.perf_counter() - began
+
+    @property
+    def _driver(self) -> Driver | None:
+        return self._portal.driver
 
     # ---- life ----------------------------------------------------------------------------------
 

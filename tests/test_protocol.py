@@ -16,11 +16,13 @@ from tars_core.types.events import BackendFinished, Progress, TextDelta
 from tars_core.types.failures import Failure
 from tars_core.types.messages import Message
 from tars_core.types.models import ModelRef
-from tars_core.types.request import SamplingParams
+from tars_core.types.request import EmbedRequest, GenerateRequest, SamplingParams
 from tars_core.types.results import Timings, Usage
 from tars_core.worker.protocol import (
     MAX_FRAME,
     Cancel,
+    Embed,
+    Embedded,
     Events,
     Failed,
     FrameReader,
@@ -30,6 +32,10 @@ from tars_core.worker.protocol import (
     Loaded,
     LoadProgress,
     LoadRefused,
+    Render,
+    Rendered,
+    Tokenize,
+    Tokens,
     WorkerFrame,
     encode,
     host_frames,
@@ -75,16 +81,22 @@ ITEMS = st.one_of(
         timings=st.builds(Timings, load_s=SECONDS, ttft_s=SECONDS, decode_tokens_per_s=SECONDS),
     ),
     st.builds(Failed, failure=FAILURES),
+    st.builds(Rendered, prompt=TEXTS),
+    st.builds(Tokens, ids=st.lists(COUNTS, max_size=3).map(tuple)),
+    st.builds(Embedded, data=st.binary(max_size=8), count=COUNTS, dimensions=COUNTS, prompt_tokens=COUNTS),
 )
 HOST_FRAMES: st.SearchStrategy[HostFrame] = st.one_of(
     st.builds(Load, plugin=TEXTS, target=TEXTS, model=MODELS, options=OPTIONS),
     st.builds(
         Generate,
         request_id=COUNTS,
-        messages=st.lists(MESSAGES, max_size=3).map(tuple),
-        prompt=st.none() | TEXTS,
-        sampling=SAMPLING,
+        request=st.builds(
+            GenerateRequest, messages=st.lists(MESSAGES, max_size=3).map(tuple), prompt=TEXTS, sampling=SAMPLING
+        ),
     ),
+    st.builds(Embed, request_id=COUNTS, request=st.builds(EmbedRequest, texts=st.lists(TEXTS, max_size=3).map(tuple))),
+    st.builds(Render, request_id=COUNTS, messages=st.lists(MESSAGES, max_size=3).map(tuple)),
+    st.builds(Tokenize, request_id=COUNTS, prompt=TEXTS),
     st.builds(Cancel, request_id=COUNTS),
 )
 WORKER_FRAMES: st.SearchStrategy[WorkerFrame] = st.one_of(
@@ -134,7 +146,7 @@ def test_a_frame_that_comes_byte_by_byte_is_read_with_its_last_byte() -> None:
 
 
 def test_a_frame_of_ten_megabytes_survives_many_pieces() -> None:
-    frame = Generate(request_id=1, prompt="ñandú " * 1_500_000, sampling=SamplingParams())
+    frame = Generate(request_id=1, request=GenerateRequest(prompt="ñandú " * 1_500_000, sampling=SamplingParams()))
     stream = encode(frame)
     step = 2**16
     assert read(host_frames(), [stream[at : at + step] for at in range(0, len(stream), step)]) == [frame]

@@ -347,7 +347,12 @@ def test_an_alias_of_one_reference_needs_no_list_and_plugins_may_be_one(write_us
 
 
 def test_who_sets_nothing_does_not_pay_for_importing_pydantic() -> None:
-    script = "import sys; from tars_core.config.gather import load_settings; load_settings({}); print('pydantic' in sys.modules)"
+    script = """
+import sys
+from tars_core.config.gather import load_settings
+load_settings({})
+print('pydantic' in sys.modules)
+"""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TARS_")}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "False"

@@ -52,37 +52,28 @@ class Try:
 
         Raises :class:`~tars_core.worker.host.WorkerGoneError` where the worker ended before anything was tried.
         """
-        self._pool.hold(self._place)
+        worker = await self._load()
+        check_features(self._place, request.needs(), worker)
+        started = await self._bounded(worker.generate(request))
+        self._worker = worker
+        self._attempts.loaded()
         try:
-            worker = await self._load()
-            check_features(self._place, request.needs(), worker)
-            started = await self._bounded(worker.generate(request))
-            self._worker = worker
-            self._attempts.loaded()
-            try:
-                finished = await self._relay(worker, started, sink)
-            finally:
-                started.abandon()
+            finished = await self._relay(worker, started, sink)
         finally:
-            self._pool.release(self._place)
-        self._pool.answered(self._place)
+            started.abandon()
         return self._completion(worker, finished, decision)
 
     async def ask(self, needs: frozenset[str], question: Callable[[Worker], Awaitable[T]]) -> T:
         """Return the answer to a question that is no generation. Raises as :meth:`run`."""
-        self._pool.hold(self._place)
+        worker = await self._load()
+        check_features(self._place, needs, worker)
+        self._worker = worker
+        self._attempts.loaded()
         try:
-            worker = await self._load()
-            check_features(self._place, needs, worker)
-            self._worker = worker
-            self._attempts.loaded()
-            try:
-                async with timeout(self._attempts.wait_s(time.monotonic())):
-                    answer = await question(worker)
-            except asyncio.TimeoutError:
-                raise self._overdue(worker) from None
-        finally:
-            self._pool.release(self._place)
+            async with timeout(self._attempts.wait_s(time.monotonic())):
+                answer = await question(worker)
+        except asyncio.TimeoutError:
+            raise self._overdue(worker) from None
         self._attempts.finished(time.monotonic())
         return answer
 

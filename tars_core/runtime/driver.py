@@ -31,16 +31,15 @@ from tars_core.types.errors import (
     Overloaded,
     RequestError,
     TarsError,
-    WorkerDied,
 )
 from tars_core.types.events import Finished, Started
-from tars_core.types.failures import Failure
+from tars_core.types.failures import Attempt, Failure
 from tars_core.types.messages import Message
 from tars_core.types.models import OfferedModel
 from tars_core.types.observed import AttemptEnded, CircuitChanged, RequestEnded, RequestStarted
 from tars_core.types.reports import BackendStatus, LoadedStatus
-from tars_core.types.request import EmbedRequest, GenerateRequest, Task
-from tars_core.types.results import Completion, Decision, Embeddings, Rejection
+from tars_core.types.request import EmbedRequest, GenerateRequest, SamplingParams, Task
+from tars_core.types.results import Candidate, Completion, Decision, Embeddings, Rejection
 from tars_core.worker.host import Worker, WorkerGoneError
 
 if sys.version_info >= (3, 11):
@@ -49,6 +48,9 @@ else:
     from async_timeout import timeout
 
 _log = logging.getLogger("tars_core.engine")
+
+_LEAST = GenerateRequest(prompt="Hi", sampling=SamplingParams(temperature=0, max_tokens=1))
+"""What a backend is tried with after a pause."""
 
 T = TypeVar("T")
 
@@ -86,7 +88,7 @@ class Driver:
         self._pool = Pool(settings, self._planner, self._circuits, self._tell)
         self._decisions = Decisions(self._planner, self._pool, self._tell)
         self._calls: set[asyncio.Task[object]] = set()
-        self._reloads: set[asyncio.Task[None]] = set()
+        self._trials: dict[Place, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
         self._answering = 0
         self._closed = False
@@ -130,8 +132,8 @@ class Driver:
         place = self._pool.place(decision.model, decision.candidates[0])
         self._pool.hold(place)
         try:
-            await self._pool.worker(place)
-            return self._pool.status(place)
+            worker = await self._pool.worker(place)
+            return self._pool.status(place, worker)
         finally:
             self._pool.release(place)
 
@@ -208,12 +210,14 @@ class Driver:
     ) -> T:
         """Return what the first candidate brings that neither fails nor is refused, which is ``None``."""
         attempts = Attempts(decision.candidates, self._limits, self._circuits, now=started)
-        told = 0
+        told: list[Attempt] = []
         while True:
             candidate = attempts.next(time.monotonic(), self._pool.warm(task))
-            self._reload(attempts, decision.model, task)
+            self._try_again(attempts, decision.model, task)
             _log.info("asking %s for %s (%s)", candidate.backend, candidate.model, ", ".join(candidate.reasons))
-            attempt = Try(self._pool, self._pool.place(decision.model, candidate, task), attempts, started)
+            place = self._pool.place(decision.model, candidate, task)
+            attempt = Try(self._pool, place, attempts, started)
+            self._pool.hold(place)
             try:
                 if (answer := await run(attempt)) is not None:
                     return answer
@@ -231,9 +235,11 @@ class Driver:
                 attempts.undecided()
                 raise
             finally:
-                for ended in attempts.attempts[told:]:
-                    self._tell(AttemptEnded(request_id=number, attempt=ended))
-                told = len(attempts.attempts)
+                self._pool.release(place)
+                for ended in attempts.attempts:
+                    if ended not in told:
+                        told.append(ended)
+                        self._tell(AttemptEnded(request_id=number, attempt=ended))
 
     def _suited(self, decision: Decision, needs: frozenset[str], only: str | None = None) -> Decision:
         """Return the decision without candidates that are known to lack what the request needs."""
@@ -265,25 +271,32 @@ class Driver:
         except asyncio.TimeoutError:
             raise DeadlineExceeded(stage="total", limit_s=self._limits.total_s or 0.0) from None
 
-    def _reload(self, attempts: Attempts, name: str, task: Task) -> None:
-        """Load whose pause is over, behind the caller's back, unless that would displace who answers."""
-        while attempts.to_reload:
-            place = self._pool.place(name, attempts.to_reload.pop(), task)
-            if self._pool.fits(place):
-                reloading = asyncio.ensure_future(self._tried_again(place))
-                self._reloads.add(reloading)
-                reloading.add_done_callback(self._reloads.discard)
+    def _try_again(self, attempts: Attempts, name: str, task: Task) -> None:
+        """Give those whose pause is over their trial, behind the caller's back.
 
-    async def _tried_again(self, place: Place) -> None:
-        trial = object()
-        self._circuits.began(place.key, trial)
+        Not where it would displace who answers: then they are tried when that one fails.
+        """
+        while attempts.for_trial:
+            candidate = attempts.for_trial.pop()
+            place = self._pool.place(name, candidate, task)
+            if place not in self._trials and self._pool.fits(place):
+                trial = self._trials[place] = asyncio.ensure_future(self._trial(name, candidate, task))
+                trial.add_done_callback(lambda _, place=place: self._trials.pop(place, None))  # type: ignore[misc]
+
+    async def _trial(self, name: str, candidate: Candidate, task: Task) -> None:
+        """Load a model and have it answer a request of the least size; the circuit learns of the outcome."""
+        decision = Decision(model=name, candidates=(candidate,), rejected=())
+
+        async def least(attempt: Try) -> Completion | Embeddings:
+            if task == "generate":
+                return await attempt.run(_LEAST, lambda _: None, decision)
+            request = EmbedRequest(texts=("a",), query="a" if task == "rerank" else None)
+            return await attempt.ask(frozenset(), lambda worker: worker.embed(request))
+
         try:
-            await self._pool.worker(place)
+            await self._first(decision, None, task, 0, least, time.monotonic())
         except TarsError as error:
-            died = isinstance(error, WorkerDied)
-            self._circuits.failed(place.key, trial, time.monotonic(), incident=place.serial, died=died)
-        finally:
-            self._circuits.undecided(place.key, trial)
+            _log.info("the trial of %s failed: %s", candidate.backend, error)
 
     # ---- other questions -----------------------------------------------------------------------
 
@@ -328,7 +341,7 @@ class Driver:
         """Cancel what runs and end every worker."""
         self._closed = True
         await _cancelled(self._calls)
-        await _cancelled(self._reloads)
+        await _cancelled(self._trials.values())
         await self._decisions.close()
         await self._pool.close()
 

@@ -54,8 +54,8 @@ class Attempts:
         self._stage: Stage = "load"
         self._text: list[str] = []
         self.attempts: list[Attempt] = []
-        self.to_reload: list[Candidate] = []
-        """Whose pause is over: to be loaded behind this request's back, so that the next one can try them."""
+        self.for_trial: list[Candidate] = []
+        """Whose pause is over: to be tried behind this request's back, so that no caller waits for a load."""
 
     @property
     def text(self) -> str:
@@ -75,8 +75,8 @@ class Attempts:
             if state == "quarantined":
                 self._skip(candidate, "in quarantine: its process died too often", now)
             elif state == "half-open" and key not in warm and any(other in warm for other in others):
-                self._skip(candidate, "paused after repeated failures; it is being loaded for the next trial", now)
-                self.to_reload.append(candidate)
+                self._skip(candidate, "paused after repeated failures; it is being tried again", now)
+                self.for_trial.append(candidate)
                 self._waiting.append(candidate)
             elif state in ("closed", "half-open") or not others:
                 self._current, self._began, self._stage = candidate, now, "load"

@@ -111,17 +111,12 @@ class Pool:
 
     def loaded(self) -> tuple[LoadedStatus, ...]:
         """Return the models in memory, the latest used first."""
-        now = time.monotonic()
         places = sorted((p for p in self._places.values() if p.answers), key=lambda p: p.used_at, reverse=True)
-        return tuple(self._status(place, place.worker, now) for place in places if place.worker is not None)
-
-    def status(self, place: Place) -> LoadedStatus:
-        """Return the state of a model that is loaded."""
-        assert place.worker is not None  # noqa: S101 - the caller has just loaded it
-        return self._status(place, place.worker, time.monotonic())
+        return tuple(self.status(place, place.worker) for place in places if place.worker is not None)
 
     @staticmethod
-    def _status(place: Place, worker: Worker, now: float) -> LoadedStatus:
+    def status(place: Place, worker: Worker) -> LoadedStatus:
+        """Return the state of a model that is loaded, by its ``worker``."""
         loaded = worker.loaded
         assert loaded is not None  # noqa: S101 - it answers
         return LoadedStatus(
@@ -136,7 +131,7 @@ class Pool:
             features=tuple(sorted(loaded.features)),
             pid=worker.pid,
             resident_bytes=memory.resident_bytes(worker.pid) if worker.pid is not None else None,
-            idle_s=0.0 if worker.running else now - place.used_at,
+            idle_s=0.0 if worker.running else time.monotonic() - place.used_at,
             warnings=place.warnings,
         )
 
@@ -270,19 +265,18 @@ class Pool:
         place.waiting -= 1
         place.used_at = time.monotonic()
         self._released.set()
+        self._retire(place)
         if (keep_s := self._settings.keep_alive) is not None:
             asyncio.get_running_loop().call_later(keep_s, self._expire, place, place.used_at)
 
-    def answered(self, place: Place) -> None:
-        """End the idle workers of other backends for the same model: it need not be in memory twice.
-
-        One that was loaded and not used yet is to be tried next.
-        """
-        for other in self._places.values():
-            if other is not place and (other.name, other.task) == (place.name, place.task) and other.idle:
-                worker = other.worker
-                if worker is not None and worker.used:
-                    self._end(other, worker)
+    def _retire(self, place: Place) -> None:
+        """End idle workers that nobody is sent to, since they failed, where another one answers for their model."""
+        now = time.monotonic()
+        same = [p for p in self._places.values() if (p.name, p.task) == (place.name, place.task) and p.answers]
+        if any(self._circuits.state(p.key, now) == "closed" for p in same):
+            for other in same:
+                if other.idle and other.worker is not None and self._circuits.state(other.key, now) != "closed":
+                    self._end(other, other.worker)
 
     def _expire(self, place: Place, used_at: float) -> None:
         if place.idle and place.used_at == used_at and place.worker is not None:

@@ -8,9 +8,10 @@ import concurrent.futures
 import os
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tars_core.runtime.attempt import Sink
 from tars_core.types.errors import EngineClosed
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _WAITING = 64
 """Events a slow reader lets wait; beyond that the pieces of the text are joined. Nothing is dropped."""
 
-Answering = Callable[[Sink], "concurrent.futures.Future[Completion]"]
+Answering: TypeAlias = Callable[[Sink], "concurrent.futures.Future[Completion]"]
 """Begins the answer; its events go to the sink, on another thread."""
 
 
@@ -62,6 +63,26 @@ def _joined(one: StreamEvent, other: StreamEvent) -> StreamEvent | None:
     return None
 
 
+_Future: TypeAlias = "concurrent.futures.Future[Completion]"
+
+
+def _unless_gone(stream: Stream | AsyncStream, begun: list[_Future]) -> Callable[[], bool]:
+    """Return what says whether somebody still holds ``stream``, and cancels what it has ``begun`` where nobody does.
+
+    Asked with each event, instead of a ``__del__``: Python loses a Ctrl-C that comes while that runs.
+    """
+    held = weakref.ref(stream)
+
+    def is_held() -> bool:
+        if held() is not None:
+            return True
+        for future in begun:
+            future.cancel()
+        return False
+
+    return is_held
+
+
 class Stream(Iterator[StreamEvent]):
     """The events of one answer. Leaving its ``with`` block, or :meth:`close`, stops the generation at once."""
 
@@ -73,13 +94,16 @@ class Stream(Iterator[StreamEvent]):
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """One for each event that waits; ``False``: the end."""
         tickets, waiting = self._tickets, self._waiting
+        begun: list[_Future] = []
+        is_held = _unless_gone(self, begun)
 
         def put(event: StreamEvent) -> None:
-            if waiting.put(event):
+            if is_held() and waiting.put(event):
                 tickets.put(True)  # noqa: FBT003
 
         self._future = answering(put)
         self._future.add_done_callback(lambda _: tickets.put(False))  # noqa: FBT003
+        begun.append(self._future)
 
     def __next__(self) -> StreamEvent:
         if self._closed:
@@ -107,10 +131,6 @@ class Stream(Iterator[StreamEvent]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_future"):
-            self.close()
 
 
 class AsyncStream(AsyncIterator[StreamEvent]):
@@ -148,12 +168,16 @@ class AsyncStream(AsyncIterator[StreamEvent]):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(ready.set)
 
+        begun: list[_Future] = []
+        is_held = _unless_gone(self, begun)
+
         def put(event: StreamEvent) -> None:
-            if waiting.put(event):
+            if is_held() and waiting.put(event):
                 wake()
 
         future = self._answering(put)
         future.add_done_callback(lambda _: wake())
+        begun.append(future)
         return future
 
     async def aclose(self) -> None:
@@ -171,7 +195,4 @@ class AsyncStream(AsyncIterator[StreamEvent]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
-
-    def __del__(self) -> None:
         self._stop()

@@ -87,7 +87,7 @@ def _part(part: object) -> Part:
     match part:
         case Text() | Image():
             return part
-        case {"type": "text", "text": text} if len(part) == 2:  # noqa: PLR2004 - those two keys
+        case {"type": "text", "text": text, **others} if not others:
             return Text(text=cast("str", text))  # checked there
         case {"type": kind}:
             raise RequestError(f"a part of the type {kind!r:.40} is not supported", hint="use text")

@@ -103,8 +103,6 @@ class Worker:
         self.serial = next(_serials)
         self.dead: BackendError | None = None
         self.loaded: Loaded | None = None
-        self.used = False
-        """Whether a request was ever sent to it."""
         self._on_end = on_end
         self._channel: Channel | None = None
         self._requests: dict[int, Request] = {}
@@ -182,9 +180,7 @@ class Worker:
 
         Raises :class:`WorkerGoneError` where the worker ended before: this request has not been tried yet.
         """
-        started = await self._start(lambda number: Generate(request_id=number, request=request), takes_place=True)
-        self.used = True
-        return started
+        return await self._start(lambda number: Generate(request_id=number, request=request), takes_place=True)
 
     async def embed(self, request: EmbedRequest) -> Embeddings:
         """Return the vectors of texts. Raises as :meth:`generate`, and the request's own error."""
