@@ -9,11 +9,9 @@ Names are resolved on first use, so that ``import tars_core`` costs next to noth
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
 from tars_core._version import __version__
 
+TYPE_CHECKING = False  # what type checkers take for true; importing typing would take a tenth of `tars --version`
 if TYPE_CHECKING:
     from tars_core.engine import InferenceEngine
     from tars_core.runtime.streams import AsyncStream, Stream
@@ -131,6 +129,8 @@ _HOMES = (
 if not TYPE_CHECKING:  # a checker that saw it would accept any name
 
     def __getattr__(name: str) -> object:
+        import importlib  # noqa: PLC0415 - who needs no name needs none of it
+
         if name in __all__:
             for home in _HOMES:
                 module = importlib.import_module(f"tars_core.{home}")

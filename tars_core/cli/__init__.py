@@ -14,12 +14,13 @@ Answers go to stdout, everything else to stderr. Exit codes:
 
 from __future__ import annotations
 
-import gc
 import sys
-from typing import NoReturn
 
 from tars_core._version import __version__
-from tars_core.cli import output
+
+TYPE_CHECKING = False  # as type checkers know it
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -30,6 +31,10 @@ def main() -> NoReturn:
     if sys.argv[1:] in (["--version"], ["-V"]):
         sys.stdout.write(f"tars {__version__}\n")  # a fifth of the time: importing click alone takes 60 ms
         sys.exit(0)
+    import gc  # noqa: PLC0415
+
+    from tars_core.cli import output  # noqa: PLC0415
+
     output.ensure_stderr()
     # Nothing of what is imported is ever garbage: looking for some takes a fifth of what `tars backends` takes.
     gc.disable()

@@ -14,6 +14,7 @@ from tars_core.types.events import Finished, Started, TextDelta
 from tars_core.types.results import Completion
 
 if TYPE_CHECKING:
+    from tars_core.cli.progress import LoadBar
     from tars_core.engine import InferenceEngine, Sampling
 
 # A model's text must not steer the terminal: escape sequences can retitle it, or type.
@@ -39,7 +40,9 @@ def as_json(engine: InferenceEngine, prompt: str, system: str | None, sampling: 
         raise
 
 
-def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling: Sampling, *, quiet: bool) -> None:
+def streamed(  # noqa: PLR0913 - the request's parts, and where it is shown
+    engine: InferenceEngine, prompt: str, system: str | None, sampling: Sampling, bar: LoadBar, *, quiet: bool
+) -> None:
     """Print the text as it comes, and how it came about."""
     ends_line = True
     try:
@@ -48,6 +51,7 @@ def streamed(engine: InferenceEngine, prompt: str, system: str | None, sampling:
                 case Started(decision=decision) if decision.notice and not quiet:
                     click.secho(f"note: {decision.notice}", err=True, dim=True)
                 case TextDelta(text=text):
+                    bar.wipe()
                     ends_line = text.endswith("\n")  # before it is written: Ctrl-C may come in between
                     output.write(shown(text))
                 case Finished(completion=completion) if not quiet:

@@ -128,7 +128,7 @@ def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
         if as_json:
             answer.as_json(engine, text, system, sampling)
         else:
-            answer.streamed(engine, text, system, sampling, quiet=quiet)
+            answer.streamed(engine, text, system, sampling, bar, quiet=quiet)
 
 
 @cli.command("chat")
@@ -171,6 +171,16 @@ def models_command(*, as_json: bool) -> None:
 
     with _engine(None, None) as engine:
         listing.models(engine.models(), as_json=as_json)
+
+
+@cli.command("ps")
+@_json
+def ps_command(*, as_json: bool) -> None:
+    """List the models in memory, of all programs that use TARS."""
+    from tars_core.cli import ps  # noqa: PLC0415
+
+    output.claim_stdout()
+    ps.show(as_json=as_json)
 
 
 @cli.command("plan")

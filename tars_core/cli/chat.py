@@ -136,6 +136,7 @@ class Conversation:
                 case Started(decision=decision) if decision.notice and len(self._turns) == 1:
                     click.secho(f"note: {decision.notice}", err=True, dim=True)
                 case TextDelta(text=text):
+                    self._bar.wipe()
                     said.append(text)
                     output.write(answer.shown(text))
                 case Finished(completion=completion):

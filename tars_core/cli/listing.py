@@ -35,6 +35,8 @@ def backends(statuses: Sequence[BackendStatus], *, as_json: bool) -> None:
         cells[1] = click.style(cells[1], fg=_colour(status))
         _line("  ".join(cells).rstrip())
         _note(status.reason, status.hint)
+        if status.features:
+            _note(f"features: {', '.join(status.features)}", None)
         for deviation in status.deviations:
             _note(f"differs: {deviation}", None)
 
@@ -50,6 +52,8 @@ def plan(decision: Decision, *, as_json: bool) -> None:
     for place, candidate in enumerate(decision.candidates, start=1):
         _line(f"{place}. {click.style(candidate.backend, bold=True)}  {_facts(candidate)}")
         _note(", ".join(candidate.reasons), None)
+        if candidate.report.features:
+            _note(f"features: {', '.join(sorted(candidate.report.features))}", None)
     for rejection in decision.rejected:
         _line(f"-  {rejection.backend}  {click.style('not tried', fg='yellow')}")
         _note(rejection.reason, rejection.hint)
@@ -73,6 +77,8 @@ def _facts(candidate: Candidate) -> str:
     facts = [candidate.model.path.name if candidate.model.path else str(candidate.model)]
     if candidate.report.memory_bytes is not None:
         facts.append(f"{candidate.report.memory_bytes / _GIB:.1f} GiB")
+    if candidate.report.context_length is not None:
+        facts.append(f"trained for {candidate.report.context_length} tokens")
     return "  ".join(facts)
 
 

@@ -14,7 +14,7 @@ _WIDTH = 24
 
 
 class LoadBar:
-    """Drawn by :meth:`update` on the engine's thread, while somebody waits: inside the ``with`` statement."""
+    """Drawn by :meth:`update`, on a thread of the engine's, until :meth:`wipe` or the end of the ``with`` statement."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown and sys.stderr.isatty()
@@ -40,6 +40,10 @@ class LoadBar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.wipe()
+
+    def wipe(self) -> None:
+        """Leave the line to the answer: what comes late is not drawn any more."""
         with self._lock:
             self._awaited = False
             if self._drawn:

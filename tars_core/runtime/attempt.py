@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 from tars_core.runtime.failover import Attempts
 from tars_core.runtime.pool import Place, Pool
 from tars_core.types.errors import BackendUnavailable, DeadlineExceeded
-from tars_core.types.events import BackendFinished, ReasoningDelta, StreamEvent, TextDelta, ToolCallDelta
+from tars_core.types.events import BackendFinished, Progress, ReasoningDelta, StreamEvent, TextDelta, ToolCallDelta
 from tars_core.types.messages import ToolCall
 from tars_core.types.request import GenerateRequest
 from tars_core.types.results import Completion, Decision, Timings, TokenLogprob
@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout
 
+OnProgress: TypeAlias = Callable[[str, int], None]
+"""``on_progress(backend, prompt_tokens_done)``."""
 Sink: TypeAlias = Callable[[StreamEvent], None]
 T = TypeVar("T")
 
@@ -29,8 +31,9 @@ T = TypeVar("T")
 class Try:
     """Loads if need be, generates, and passes the text on."""
 
-    def __init__(self, pool: Pool, place: Place, attempts: Attempts, started: float) -> None:
+    def __init__(self, pool: Pool, place: Place, attempts: Attempts, started: float, on_progress: OnProgress) -> None:
         self._pool = pool
+        self._on_progress = on_progress
         self._place = place
         self._attempts = attempts
         self._started = started
@@ -113,6 +116,8 @@ class Try:
                     self._count(0)
                     self._call(event)
                     sink(event)
+                case Progress(prompt_tokens_done=done):
+                    self._on_progress(self._place.candidate.backend, done)
                 case BackendFinished():
                     return event
 

@@ -36,7 +36,7 @@ from tars_core.types.events import Finished, Started
 from tars_core.types.failures import Attempt, Failure
 from tars_core.types.messages import Message
 from tars_core.types.models import OfferedModel
-from tars_core.types.observed import AttemptEnded, CircuitChanged, RequestEnded, RequestStarted
+from tars_core.types.observed import AttemptEnded, CircuitChanged, PromptRead, RequestEnded, RequestStarted
 from tars_core.types.reports import BackendStatus, LoadedStatus
 from tars_core.types.request import EmbedRequest, GenerateRequest, SamplingParams, Task
 from tars_core.types.results import Candidate, Completion, Decision, Embeddings, Rejection
@@ -209,6 +209,10 @@ class Driver:
         started: float,
     ) -> T:
         """Return what the first candidate brings that neither fails nor is refused, which is ``None``."""
+
+        def on_progress(backend: str, done: int) -> None:
+            self._tell(PromptRead(request_id=number, backend=backend, prompt_tokens_done=done))
+
         attempts = Attempts(decision.candidates, self._limits, self._circuits, now=started)
         told: list[Attempt] = []
         while True:
@@ -216,7 +220,7 @@ class Driver:
             self._try_again(attempts, decision.model, task)
             _log.info("asking %s for %s (%s)", candidate.backend, candidate.model, ", ".join(candidate.reasons))
             place = self._pool.place(decision.model, candidate, task)
-            attempt = Try(self._pool, place, attempts, started)
+            attempt = Try(self._pool, place, attempts, started, on_progress)
             self._pool.hold(place)
             try:
                 if (answer := await run(attempt)) is not None:

@@ -68,6 +68,10 @@ class Place:
         return self.candidate.report.memory_bytes or 0
 
 
+_reserved: dict[Place, int] = {}
+"""Bytes that loads under way will take, those of other engines in this process too."""
+
+
 class Pool:
     """The workers of one engine, each loaded at most once. Keeps what fits.
 
@@ -82,8 +86,6 @@ class Pool:
         self._places: dict[PlaceKey, Place] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._making_room = asyncio.Lock()
-        self._reserved: dict[Place, int] = {}
-        """Bytes that loads under way will take."""
         self._released = asyncio.Event()
 
     # ---- what is there -------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Pool:
         try:
             async with self._making_room:
                 await self._make_room(place)
-                self._reserved[place] = place.memory_bytes
+                _reserved[place] = place.memory_bytes
             worker = Worker(backend, on_end=lambda ended: self._died(place, ended))
             place.serial = worker.serial
             place.worker = await self._started(place, worker)
@@ -166,7 +168,7 @@ class Pool:
             failure = Failure.of(error)
             raise
         finally:
-            self._reserved.pop(place, None)
+            _reserved.pop(place, None)
             self._tell(LoadProgressed(backend=backend, model=model, fraction=1.0))
             self._tell(LoadEnded(backend=backend, model=model, duration_s=time.monotonic() - began, failure=failure))
         _log.info("%s loaded: %s", backend, worker.loaded)
@@ -247,11 +249,11 @@ class Pool:
         if self._too_many(place):
             return False
         free = memory.free_bytes()
-        return free is None or place.memory_bytes <= free - sum(self._reserved.values())
+        return free is None or place.memory_bytes <= free - sum(list(_reserved.values()))
 
     def _too_many(self, place: Place) -> bool:
         most = self._settings.max_loaded
-        others = [p for p in self._places.values() if p is not place and (p.answers or p in self._reserved)]
+        others = [p for p in self._places.values() if p is not place and (p.answers or p in _reserved)]
         return most is not None and len(others) >= most
 
     # ---- using and ending ----------------------------------------------------------------------

@@ -103,8 +103,7 @@ class Process(NamedTuple):
     pid: int
     parent: int
     state: str
-    started_ticks: int
-    """Clock ticks after the system's start."""
+    age_s: float
 
 
 def listed() -> Iterator[Process]:
@@ -113,7 +112,18 @@ def listed() -> Iterator[Process]:
         with contextlib.suppress(OSError, ValueError, IndexError):  # it ended while we looked
             # After the name in parentheses, which may hold anything: state, parent, …; see proc_pid_stat(5).
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            yield Process(int(entry.name), int(fields[1]), fields[0], int(fields[19]))
+            started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # after the system's start
+            age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+            yield Process(int(entry.name), int(fields[1]), fields[0], age_s)
+
+
+def command_line(pid: int) -> list[str]:
+    """Return the words of a process's command line; none where it is gone, or not ours to see."""
+    try:
+        data = (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in data.split(b"\0")[:-1]]
 
 
 def descendants(pid: int) -> list[int]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
 from tars_core.system import processes
 
 
 def workers(host: int) -> list[int]:
     """Return the ids of the living worker processes that ``host`` started."""
-    found = []
-    for process in processes.listed():
-        with contextlib.suppress(OSError):  # it ended while we looked
-            command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            if process.parent == host and process.state != "Z" and b"tars_core.worker.child" in command:
-                found.append(process.pid)
-    return found
+    return [
+        process.pid
+        for process in processes.listed()
+        if process.parent == host
+        and process.state != "Z"
+        and any("tars_core.worker.child" in word for word in processes.command_line(process.pid))
+    ]
 
 
 def alive(pid: int) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from tars_core.types.errors import RequestError
 from tars_core.types.public import Public
 from tars_core.types.text import check_text
@@ -13,7 +11,7 @@ from tars_core.types.text import check_text
 _PATH = "path"
 
 
-class ModelRef(msgspec.Struct, frozen=True, kw_only=True):
+class ModelRef(Public, frozen=True, kw_only=True):
     r"""A model's name: ``scheme:rest`` or a path.
 
     A scheme has at least two letters, so that ``C:\models`` is a path. A scheme the core does not know is

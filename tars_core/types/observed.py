@@ -37,6 +37,14 @@ class LoadEnded(Public, frozen=True, kw_only=True):
     failure: Failure | None = None
 
 
+class PromptRead(Public, frozen=True, kw_only=True):
+    """A backend has read so many tokens of a request's prompt."""
+
+    request_id: int
+    backend: str
+    prompt_tokens_done: int
+
+
 class AttemptEnded(Public, frozen=True, kw_only=True):
     """One candidate's try at a request ended."""
 
@@ -97,6 +105,7 @@ Observed: TypeAlias = (
     Probed
     | LoadProgressed
     | LoadEnded
+    | PromptRead
     | AttemptEnded
     | CircuitChanged
     | WorkerStarted

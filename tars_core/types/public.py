@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic_core.core_schema import CoreSchema
 
 _LONG = 60
+_NESTED = 190
 
 
 class Public(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,16 +70,24 @@ def brief(value: object) -> str:
             return f"{value:.4g}"
         case tuple() | Mapping() if len(repr(value)) > _LONG:
             return f"<{len(value)} items>"
-        case msgspec.Struct() if len(repr(value)) > _LONG:
+        case Public() if _has_text(value):  # of a path, the end says most
+            text = str(value)
+            return text if len(text) <= _LONG else "…" + text[1 - _LONG :]
+        case Public() if len(repr(value)) > _NESTED:
             return f"<{type(value).__name__}>"
     return repr(value)
 
 
+def _has_text(value: Public) -> bool:
+    """Say whether it stands for a text, as a model's reference does."""
+    return type(value).__str__ is not object.__str__
+
+
 def plain(value: object) -> Any:  # noqa: ANN401 - whatever JSON can hold
     """Return ``value`` as dicts, lists, strings, numbers and ``None``."""
-    result: object = str(value)  # such as a model's reference
+    result: object = str(value)
     match value:
-        case Public():
+        case Public() if not _has_text(value):
             result = value.to_dict()
         case AbstractSet():
             result = sorted(map(str, value))

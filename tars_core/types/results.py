@@ -75,6 +75,11 @@ class Decision(Public, frozen=True, kw_only=True):
     rejected: tuple[Rejection, ...]
     notice: str | None = None
 
+    def _parts(self) -> list[str]:
+        order = ", ".join(candidate.backend for candidate in self.candidates)
+        parts = [f"model={brief(self.model)}", f"candidates=[{order}]", f"rejected=<{len(self.rejected)} items>"]
+        return [*parts, f"notice={brief(self.notice)}"] if self.notice else parts
+
 
 class Completion(Public, frozen=True, kw_only=True):
     """A whole answer and how it came about. ``text`` is exactly what was generated."""
