@@ -20,7 +20,7 @@ TRANSFORMERS = "plugins/tars-transformers"
 PLUGINS = [*DEMO_PLUGINS, "plugins/tars-llamacpp", "plugins/tars-ollama", TRANSFORMERS]
 WHEELS = ROOT / "dist"
 PLUGIN_SOURCES = [f"{plugin}/src" for plugin in PLUGINS]
-CODE = ["tars_core", "plugins", "tests", "examples", "models", "noxfile.py"]
+CODE = ["tars_core", "plugins", "tests", "examples", "models", "conftest.py", "noxfile.py"]
 OTHER_PYTHONS = ["3.10", "3.13"]
 RUN_FLAGS = ("--json", "--quiet", "-q")
 DEMO_PROMPT = "¿Cuál es tu nombre?"
@@ -91,7 +91,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types, strictly."""
     _install_editable(session, "types", DEMO_PLUGINS)
-    session.run("mypy", "tars_core", "noxfile.py", "tests", "examples", "models/demo", *PLUGIN_SOURCES)
+    session.run("mypy", "tars_core", "conftest.py", "noxfile.py", "tests", "examples", "models/demo", *PLUGIN_SOURCES)
     for plugin in PLUGINS:  # one by one: two plugins may have a test module of the same name
         session.run("mypy", f"{plugin}/tests")
 

@@ -241,6 +241,8 @@ class InferenceEngine:
 
     def embed(self, texts: Sequence[str], *, model: str | os.PathLike[str] | None = None) -> Embeddings:
         """Return a vector for each text. Needs a backend with the feature ``embeddings``."""
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+            raise RequestError("texts must be a list with at least one text")
         request = EmbedRequest(texts=tuple(check_text("a text to embed", text) for text in texts))
         name = _model(model)
         return self._portal.wait(lambda driver: driver.embed(name, request))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tars_core.plugin import (
+    BASIC_FEATURES,
     BackendEvent,
     CancelFlag,
     Finished,
@@ -22,7 +23,9 @@ from tars_core.plugin import (
 @hookimpl
 def tars_probe(model: ModelRef | None) -> ProbeReport | None:
     """Take models named ``echo:``."""
-    return ProbeReport(available=True, device="cpu") if model is None or model.scheme == "echo" else None
+    if model is not None and model.scheme != "echo":
+        return None
+    return ProbeReport(available=True, device="cpu", features=BASIC_FEATURES)
 
 
 @hookimpl

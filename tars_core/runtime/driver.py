@@ -145,15 +145,15 @@ class Driver:
 
     async def answer(self, ask: Ask, sink: Sink) -> Completion:
         """Answer one request; ``sink`` gets every event of its stream, on this loop's thread."""
+        return await self._counted(ask.model, lambda number: self._answer(ask, sink, number))
+
+    async def _counted(self, model: str | None, work: Callable[[int], Awaitable[T]]) -> T:
+        """Do the work of one request, and tell the observers of its beginning and its end."""
         if self._answering >= self.settings.max_queue:
             raise Overloaded(
                 f"{self._answering} requests are running or waiting, max_queue is {self.settings.max_queue}",
                 hint="try again in a moment, or raise max_queue",
             )
-        return await self._counted(ask.model, lambda number: self._answer(ask, sink, number))
-
-    async def _counted(self, model: str | None, work: Callable[[int], Awaitable[T]]) -> T:
-        """Do the work of one request, and tell the observers of its beginning and its end."""
         number, began = next(self._ids), time.monotonic()
         self._answering += 1
         self._tell(RequestStarted(request_id=number, model=model))

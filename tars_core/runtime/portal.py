@@ -14,7 +14,7 @@ from typing import TypeVar
 from tars_core.config.settings import Settings
 from tars_core.runtime.driver import Ask, Driver
 from tars_core.runtime.observers import Observers
-from tars_core.runtime.streams import AsyncStream, Stream
+from tars_core.runtime.streams import AsyncStream, Stream, while_held
 from tars_core.types.errors import EngineClosed, TarsError
 
 T = TypeVar("T")
@@ -72,11 +72,11 @@ class Portal:
 
     def stream(self, ask: Ask) -> Stream:
         """Begin an answer, for a thread."""
-        return Stream(lambda sink: self._submit(lambda driver: driver.answer(ask, sink)))
+        return Stream(lambda sink, held: self._submit(lambda driver: while_held(held, driver.answer(ask, sink))))
 
     def stream_async(self, ask: Ask) -> AsyncStream:
         """Return an answer that begins with its first event, for a coroutine."""
-        return AsyncStream(lambda sink: self._submit(lambda driver: driver.answer(ask, sink)))
+        return AsyncStream(lambda sink, held: self._submit(lambda driver: while_held(held, driver.answer(ask, sink))))
 
     def _submit(self, call: Callable[[Driver], Coroutine[None, None, T]]) -> concurrent.futures.Future[T]:
         if threading.current_thread() is self._thread:

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 _WAITING = 64
 """Events a slow reader lets wait; beyond that the pieces of the text are joined. Nothing is dropped."""
 
-Answering: TypeAlias = Callable[[Sink], "concurrent.futures.Future[Completion]"]
-"""Begins the answer; its events go to the sink, on another thread."""
+_LOOK_S = 0.1
+
+Held: TypeAlias = "weakref.ref[Stream] | weakref.ref[AsyncStream]"
+Answering: TypeAlias = Callable[[Sink, Held], "concurrent.futures.Future[Completion]"]
+"""Begins the answer of a stream; its events go to the sink, on another thread."""
 
 
 class _Waiting:
@@ -63,24 +66,21 @@ def _joined(one: StreamEvent, other: StreamEvent) -> StreamEvent | None:
     return None
 
 
-_Future: TypeAlias = "concurrent.futures.Future[Completion]"
+async def while_held(stream: Held, answer: Awaitable[Completion]) -> Completion:
+    """Await ``answer``; cancel it where nobody holds its stream any more.
 
-
-def _unless_gone(stream: Stream | AsyncStream, begun: list[_Future]) -> Callable[[], bool]:
-    """Return what says whether somebody still holds ``stream``, and cancels what it has ``begun`` where nobody does.
-
-    Asked with each event, instead of a ``__del__``: Python loses a Ctrl-C that comes while that runs.
+    Looked at from time to time, instead of a ``__del__``: Python loses a Ctrl-C that comes while that runs.
     """
-    held = weakref.ref(stream)
-
-    def is_held() -> bool:
-        if held() is not None:
-            return True
-        for future in begun:
-            future.cancel()
-        return False
-
-    return is_held
+    task = asyncio.ensure_future(answer)
+    try:
+        while not task.done():
+            await asyncio.wait((task,), timeout=_LOOK_S)
+            if stream() is None:
+                task.cancel()
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+    return task.result()
 
 
 class Stream(Iterator[StreamEvent]):
@@ -94,23 +94,27 @@ class Stream(Iterator[StreamEvent]):
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         """One for each event that waits; ``False``: the end."""
         tickets, waiting = self._tickets, self._waiting
-        begun: list[_Future] = []
-        is_held = _unless_gone(self, begun)
 
         def put(event: StreamEvent) -> None:
-            if is_held() and waiting.put(event):
+            if waiting.put(event):
                 tickets.put(True)  # noqa: FBT003
 
-        self._future = answering(put)
+        self._future = answering(put, weakref.ref(self))
         self._future.add_done_callback(lambda _: tickets.put(False))  # noqa: FBT003
-        begun.append(self._future)
 
     def __next__(self) -> StreamEvent:
         if self._closed:
             raise StopIteration
         if self._pid != os.getpid():
             raise EngineClosed  # in a forked child: the thread that fills the queue is the parent's
-        if self._tickets.get() and (event := self._waiting.take()) is not None:
+        try:
+            goes_on = self._tickets.get()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if self._closed:
+            raise StopIteration
+        if goes_on and (event := self._waiting.take()) is not None:
             return event
         self._tickets.put(False)  # noqa: FBT003 - the end stays the end
         if self._future.cancelled():
@@ -155,7 +159,11 @@ class AsyncStream(AsyncIterator[StreamEvent]):
                 return event
             if is_done:
                 break
-            await self._ready.wait()
+            try:
+                await self._ready.wait()
+            except BaseException:  # the task was cancelled
+                self._stop()
+                raise
         if self._future.cancelled():
             raise EngineClosed
         self._future.result()
@@ -168,16 +176,12 @@ class AsyncStream(AsyncIterator[StreamEvent]):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(ready.set)
 
-        begun: list[_Future] = []
-        is_held = _unless_gone(self, begun)
-
         def put(event: StreamEvent) -> None:
-            if is_held() and waiting.put(event):
+            if waiting.put(event):
                 wake()
 
-        future = self._answering(put)
+        future = self._answering(put, weakref.ref(self))
         future.add_done_callback(lambda _: wake())
-        begun.append(future)
         return future
 
     async def aclose(self) -> None:

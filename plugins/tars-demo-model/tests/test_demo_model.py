@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 from tars_core import InferenceEngine
-from tars_core.sources import gguf
+from tars_core.plugin import read_gguf_header
 
 ROOT = Path(__file__).parents[3]
 SYSTEM = "Eres una IA. Responde brevemente."
@@ -109,7 +109,7 @@ def test_each_format_is_at_most_six_megabytes() -> None:
 
 
 def test_the_gguf_states_its_template_and_context() -> None:
-    header = gguf.read_header(tars_demo_model.WEIGHTS / "tars-demo.gguf")
+    header = read_gguf_header(tars_demo_model.WEIGHTS / "tars-demo.gguf")
     assert header.context_length == 512
     assert header.chat_template is not None
     assert not header.adds_bos

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import signal
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +58,18 @@ def _long_answer(engine: InferenceEngine) -> Iterator[StreamEvent]:
     return engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=450, seed=3)
 
 
+def _gaps(engine: InferenceEngine, meanwhile: Callable[[], object]) -> list[float]:
+    """Return the seconds from one piece of running answers to the next, until ``meanwhile`` returns."""
+    gaps: list[float] = []
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(meanwhile)
+        while not other.done():
+            came = [time.monotonic() for event in _long_answer(engine) if isinstance(event, TextDelta)]
+            gaps += [after - before for before, after in itertools.pairwise(came)]
+        other.result()
+    return gaps
+
+
 @needs_runtime
 class TestAnAnswer:
     def test_is_streamed_with_its_tokens_and_ends_with_an_end_token_that_is_counted(
@@ -72,6 +87,9 @@ class TestAnAnswer:
         speed = engine.complete("¿Qué es TARS?", temperature=0).timings.decode_tokens_per_s
         assert speed is not None
         assert speed > 10
+
+    def test_of_one_token_has_no_speed(self, engine: InferenceEngine) -> None:
+        assert engine.complete("¿Qué es TARS?", max_tokens=1).timings.decode_tokens_per_s is None
 
     @pytest.mark.parametrize("size", [1, 4, 11])
     def test_ends_before_a_stop_string_however_tokens_cut_it(
@@ -116,6 +134,13 @@ class TestSampling:
         assert [sample(seed) for seed in (1, 2**32 - 1)] == [sample(seed) for seed in (1, 2**32 - 1)]
         assert len({sample(seed) for seed in range(4)}) == 4
 
+    def test_takes_the_highest_seed_for_0_as_every_backend_does(self, engine: InferenceEngine) -> None:
+        highest, lowest = (
+            engine.generate("Hola", temperature=5, top_k=0, top_p=1, max_tokens=20, seed=seed)
+            for seed in (2**32 - 1, 0)
+        )
+        assert highest == lowest
+
     @pytest.mark.parametrize(
         "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 0.999999}, {"temperature": 1e-9}, {"temperature": 1e-300}]
     )
@@ -145,6 +170,24 @@ class TestThePrompt:
     def test_can_be_ten_megabytes_of_nothing(self, engine: InferenceEngine) -> None:
         with pytest.raises(ContextLengthExceeded):
             engine.complete("a" * 10_000_000, raw=True)
+
+    @pytest.mark.parametrize("size", [2**20, 2**25])  # tokenised; refused by its length alone
+    def test_however_long_does_not_hold_up_the_answers_of_others(self, engine: InferenceEngine, size: int) -> None:
+        def ask() -> None:
+            with pytest.raises(ContextLengthExceeded):
+                engine.complete("a" * size, raw=True)
+
+        undisturbed = statistics.median(_gaps(engine, lambda: time.sleep(0.2)))
+        assert max(_gaps(engine, ask)) < 20 * undisturbed + 1.0
+
+    @pytest.mark.parametrize("text", ["Hola", "¿Qué? 👩‍🚀", "<|im_start|>user\nHola<|im_end|>\n", "a\0b" * 99])
+    def test_is_tokenised_alone_as_it_is_for_an_answer(self, engine: InferenceEngine, text: str) -> None:
+        for raw in (True, False):
+            usage = engine.complete(text, raw=raw, max_tokens=1).usage
+            assert len(engine.tokenize(text, raw=raw)) == usage.prompt_tokens
+
+    def test_is_tokenised_alone_however_long_it_is(self, engine: InferenceEngine) -> None:
+        assert len(engine.tokenize(UNIT * 1000, raw=True)) == 1000
 
     @pytest.mark.parametrize(
         "text", ["a\0b", "\U0010ffff\ufeff\u202e\u0300", "<|im_start|>" * 9, "\N{OGHAM SPACE MARK}."]
@@ -244,13 +287,13 @@ class TestLoading:
         file.write_bytes(GGUF.read_bytes()[:keep])
         with (
             InferenceEngine(model=file, backend="llamacpp") as engine,
-            pytest.raises(BackendUnavailable, match=r"short\.gguf is not a sound"),
+            pytest.raises(BackendUnavailable, match=r"short\.gguf is not a valid"),
         ):
             engine.generate("hola")
 
     def test_a_file_llama_cpp_cannot_load_gives_its_own_words(self, tmp_path: Path) -> None:
         file = tmp_path / "strange.gguf"
-        # The header stays sound; the architecture is one that llama.cpp has never heard of.
+        # The header stays valid; the architecture is one that llama.cpp has never heard of.
         file.write_bytes(GGUF.read_bytes().replace(b"llama", b"xlama"))
         with (
             InferenceEngine(model=file, backend="llamacpp") as engine,
@@ -262,7 +305,7 @@ class TestLoading:
         monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
         with (
             InferenceEngine(model=GGUF, backend="llamacpp") as engine,
-            pytest.raises(AllBackendsFailed, match=r"llama_cpp does not import here: Shared library .* not found"),
+            pytest.raises(AllBackendsFailed, match=r"cannot import llama_cpp: Shared library .* not found"),
         ):
             engine.generate("hola")
 
@@ -347,7 +390,7 @@ class TestTheBackendAlone:
             LlamaCppBackend(model_path=tmp_path / "missing.gguf")
         broken = tmp_path / "broken.gguf"
         broken.write_bytes(b"GGUF")
-        with pytest.raises(BackendUnavailable, match=r"broken\.gguf is not a sound GGUF file"):
+        with pytest.raises(BackendUnavailable, match=r"broken\.gguf is not a valid GGUF file"):
             LlamaCppBackend(model_path=broken)
 
     def test_is_imported_without_any_runtime_or_other_backend(self) -> None:

@@ -14,11 +14,13 @@ import pytest
 import tars_demo_model
 from tars_core.plugin import (
     BackendEvent,
+    ContextLengthExceeded,
     Finished,
     GenerateRequest,
     GenerationFailed,
     LoadFailed,
     LoadOptions,
+    ModelRef,
     Progress,
     SamplingParams,
     TextDelta,
@@ -28,6 +30,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it t
 
 from tars_llamacpp.context import Context, Row
 from tars_llamacpp.model import load
+from tars_llamacpp.plugin import tars_load
 
 if TYPE_CHECKING:
     from tars_llamacpp.loop import LoopedModel
@@ -77,7 +80,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def _run(model: LoopedModel, *requests: GenerateRequest) -> dict[int, list[BackendEvent | Exception]]:
     for request_id, request in enumerate(requests):
-        model.submit(request_id, request)
+        model.submit(request_id, model.prepare(request))
     return _finish(model, len(requests))
 
 
@@ -105,9 +108,9 @@ def test_a_prompt_is_read_in_pieces_and_told_after_each(model: LoopedModel) -> N
 
 def test_an_answer_goes_on_while_another_prompt_is_read(model: LoopedModel) -> None:
     wild = SamplingParams(temperature=10, top_k=0, top_p=1, max_tokens=500, seed=1)
-    model.submit(0, GenerateRequest(prompt="Hola", sampling=wild))
+    model.submit(0, model.prepare(GenerateRequest(prompt="Hola", sampling=wild)))
     model.step()
-    model.submit(1, _request(UNIT * 600))
+    model.submit(1, model.prepare(_request(UNIT * 600)))
     steps = [model.step() for _ in range(9)]
     assert all((1, Progress) in [(request_id, type(event)) for request_id, event in step] for step in steps)
     tokens = [
@@ -122,7 +125,7 @@ def test_an_answer_goes_on_while_another_prompt_is_read(model: LoopedModel) -> N
 def test_a_cancel_takes_effect_in_the_next_step_and_is_counted_so_far(
     model: LoopedModel, decoded: list[list[Row]]
 ) -> None:
-    model.submit(7, _request(UNIT * 900))
+    model.submit(7, model.prepare(_request(UNIT * 900)))
     model.step()
     model.cancel(7)
     decoded.clear()
@@ -183,8 +186,8 @@ class TestACommonBeginning:
         assert [sample(prompt) for prompt in prompts] == [sample(prompt) for prompt in prompts]
 
     def test_is_not_waited_for_when_its_reader_is_cancelled(self, model: LoopedModel) -> None:
-        model.submit(0, _request(UNIT * 900))
-        model.submit(1, _request(UNIT * 900, max_tokens=1))
+        model.submit(0, model.prepare(_request(UNIT * 900)))
+        model.submit(1, model.prepare(_request(UNIT * 900, max_tokens=1)))
         model.step()
         model.cancel(0)
         events = _finish(model, 2)
@@ -201,8 +204,8 @@ class TestNoRoomInTheCache:
 
     def test_ends_the_latest_request_and_no_other(self, model: LoopedModel, answer_with: Callable[..., None]) -> None:
         alone = _text(_run(model, _request("Hola"))[0])
-        model.submit(0, _request("Hola"))
-        model.submit(1, _request("Adiós"))
+        model.submit(0, model.prepare(_request("Hola")))
+        model.submit(1, model.prepare(_request("Adiós")))
         answer_with(1)
         events = _finish(model, 2)
         assert _text(events[0]) == alone
@@ -215,8 +218,8 @@ def test_after_a_code_that_leaves_the_cache_unknown_all_fail_and_the_next_starts
     model: LoopedModel, answer_with: Callable[..., None], code: int
 ) -> None:
     alone = _text(_run(model, _request("Hola"))[0])
-    model.submit(0, _request("Hola"))
-    model.submit(1, _request("Hola"))
+    model.submit(0, model.prepare(_request("Hola")))
+    model.submit(1, model.prepare(_request("Hola")))
     model.step()
     answer_with(code)
     with pytest.raises(GenerationFailed, match=rf"cannot decode \(code {code}\)"):
@@ -252,7 +255,7 @@ def test_the_device_is_the_gpu_that_llama_cpp_says_it_uses(
 
 def test_a_model_that_does_not_continue_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_cpp.llama_model_has_encoder", lambda _model: True)
-    with pytest.raises(LoadFailed, match=r"tars-demo\.gguf is no model that continues a text"):
+    with pytest.raises(LoadFailed, match=r"tars-demo\.gguf is not a causal language model"):
         load(GGUF, OPTIONS, lambda *_: None, threading.Event())
 
 
@@ -278,8 +281,20 @@ def _with_banned_token(data: bytes, token: int) -> bytes:
     return data[:16] + struct.pack("<Q", entries + 2) + ban + head + struct.pack("<Q", pad) + b"-" * pad + data[24:]
 
 
+def test_a_task_that_it_cannot_do_is_refused() -> None:
+    with pytest.raises(LoadFailed, match="llamacpp does not support the task 'embed'"):
+        tars_load(ModelRef.parse(GGUF), LoadOptions(task="embed"), lambda *_: None, threading.Event())
+
+
 def test_a_load_stops_when_it_is_cancelled() -> None:
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(LoadFailed, match=r"loading tars-demo\.gguf was cancelled"):
         load(GGUF, OPTIONS, lambda *_: None, cancel)
+
+
+def test_a_prompt_refused_by_its_length_alone_is_told_no_more_tokens_than_it_has(model: LoopedModel) -> None:
+    text = "TARS " * 300_000
+    with pytest.raises(ContextLengthExceeded) as caught:
+        model.prepare(_request(text))
+    assert 1024 == caught.value.context_length < caught.value.prompt_tokens <= len(model.tokenize(text))

@@ -12,7 +12,9 @@ from tars_core import (
     AllBackendsFailed,
     Completion,
     ContextLengthExceeded,
+    Finished,
     InferenceEngine,
+    ReasoningDelta,
     RequestError,
     StreamInterrupted,
     TextDelta,
@@ -78,7 +80,7 @@ def test_a_recorded_stream_becomes_its_text_usage_and_speed(daemon: StandIn, mak
     completion = _ask(make_engine())
     assert (completion.text, completion.finish_reason) == ("The drum is red.", "stop")
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (15, 6)
-    assert completion.timings.decode_tokens_per_s == pytest.approx(6 / 2.101e-3)
+    assert completion.timings.decode_tokens_per_s == pytest.approx(5 / 2.101e-3)
     assert (completion.backend, completion.device) == ("ollama", "cpu")
 
 
@@ -94,6 +96,20 @@ def test_every_recorded_stream_gives_all_its_text_and_counters(
         assert completion.finish_reason == STREAMS[name] == last["done_reason"]
         assert completion.usage.prompt_tokens == last.get("prompt_eval_count", 0)
         assert completion.usage.completion_tokens == last.get("eval_count", 0)
+
+
+def test_thinking_comes_as_such(daemon: StandIn, make_engine: MakeEngine) -> None:
+    daemon.on("answer", "thinking-stream")
+    events = list(make_engine().stream("x", raw=True))
+    assert [e.text for e in events if isinstance(e, ReasoningDelta)] == ["hm"]
+    assert isinstance(events[-1], Finished)
+    assert (events[-1].completion.reasoning, events[-1].completion.text) == ("hm", "ans")
+
+
+def test_an_answer_of_one_token_has_no_speed(daemon: StandIn, make_engine: MakeEngine) -> None:
+    one = {"response": "Hi", "done": True, "done_reason": "length", "eval_count": 1, "eval_duration": 1000}
+    daemon.on("answer", answering(one))
+    assert make_engine().complete("x", raw=True, max_tokens=1).timings.decode_tokens_per_s is None
 
 
 def test_thinking_is_no_text(daemon: StandIn, make_engine: MakeEngine) -> None:
@@ -133,14 +149,14 @@ def test_a_crash_that_repeats_itself_fails_with_the_daemons_words(daemon: StandI
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>no</html>", "no line of an answer"),
-        (b'HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n{"response":NaN,"done"', "no line of an answer"),
-        (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"response":3}\n', "no line of an answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>no</html>", "sent an invalid line"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n{"response":NaN,"done"', "sent an invalid line"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"response":3}\n', "sent an invalid line"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"error": "42"}\n', "Ollama: 42"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 25\r\n\r\n{"error": {"message":[]}}', "Ollama: "),
         (b"HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 3\r\n\r\n123", "Ollama: 123"),
         (b'HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 5\r\n\r\n["a"]', "a"),
-        (b"HTTP/1.1 502 Bad\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "without a word"),
+        (b"HTTP/1.1 502 Bad\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "no reason given"),
         (
             b"HTTP/1.1 301 Go\r\nConnection: close\r\nLocation: http://example.com\r\nContent-Length: 0\r\n\r\n",
             "redirects",
@@ -241,7 +257,7 @@ class TestWhatIsSent:
     def test_is_a_seed_that_draws_none(self, daemon: StandIn, make_engine: MakeEngine) -> None:
         daemon.on("answer", "generate-stream")
         make_engine().complete("Hi", raw=True, seed=2**32 - 1, max_tokens=9)
-        assert daemon.bodies("answer")[0]["options"]["seed"] == 2**32 - 2
+        assert daemon.bodies("answer")[0]["options"]["seed"] == 0
 
     def test_goes_over_one_connection(self, daemon: StandIn, make_engine: MakeEngine) -> None:
         daemon.on("answer", "generate-stream")

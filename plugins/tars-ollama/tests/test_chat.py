@@ -49,6 +49,12 @@ def test_a_recorded_answer_gives_its_text_and_counters(
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == tokens
 
 
+def test_thinking_comes_as_such(daemon: StandIn, make_engine: MakeEngine) -> None:
+    daemon.on("answer", "thinking-chat")
+    completion = _ask(make_engine())
+    assert (completion.reasoning, completion.text) == ("hm", "ans")
+
+
 def test_the_templates_own_stop_strings_are_kept_and_each_is_sent_once(
     daemon: StandIn, make_engine: MakeEngine
 ) -> None:

@@ -105,9 +105,8 @@ class TestLeavingAStream:
     def test_closes_its_connection_while_text_comes(self, daemon: StandIn, make_engine: MakeEngine) -> None:
         daemon.on("answer", "client-disconnect", "generate-stream")
         engine = make_engine()
-        for event in engine.stream("hi", raw=True):
-            if isinstance(event, TextDelta):
-                break
+        with engine.stream("hi", raw=True) as events:
+            next(event for event in events if isinstance(event, TextDelta))
         assert daemon.hung_up.wait(2), "the connection was left open"
         assert engine.complete("hi", raw=True, max_tokens=9).text == "The drum is red."
 

@@ -18,6 +18,7 @@ from tars_core import (
     StreamInterrupted,
     TextDelta,
 )
+from tars_core.plugin import BASIC_FEATURES
 from tars_ollama import OllamaBackend
 
 QUESTION = "¿Cuál es tu nombre?"
@@ -67,6 +68,11 @@ def test_the_prompt_goes_raw_with_the_models_own_template(engine: InferenceEngin
     assert body["raw"] is True
     assert body["prompt"].endswith("<|im_start|>assistant\n")
     assert body["options"]["stop"] == []
+
+
+def test_the_core_splits_thoughts_where_ollama_does_not(engine: InferenceEngine) -> None:
+    (candidate,) = engine.plan().candidates
+    assert candidate.report.features == frozenset(engine.load().features) == BASIC_FEATURES
 
 
 def test_the_same_weights_are_known_for_the_same(demo_daemon: StandIn) -> None:
@@ -137,6 +143,11 @@ class TestAModelWhoseTemplateOnlyOllamaHas:
         assert "prompt" not in body
         assert "User:" not in body["options"]["stop"]
         assert body["truncate"] is False
+
+    def test_is_split_by_ollama(self, engine: tuple[InferenceEngine, StandIn]) -> None:
+        (candidate,) = engine[0].plan().candidates
+        features = frozenset(engine[0].load().features)
+        assert candidate.report.features == features == BASIC_FEATURES | {"renders_chat", "parses"}
 
     def test_still_takes_a_raw_prompt_raw(self, engine: tuple[InferenceEngine, StandIn]) -> None:
         asking, server = engine

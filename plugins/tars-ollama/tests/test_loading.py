@@ -10,15 +10,7 @@ import msgspec
 import pytest
 from ollama_stand_in import Client, Request, StandIn, answering, replay, sending
 
-from tars_core import (
-    AllBackendsFailed,
-    InferenceEngine,
-    LoadFailed,
-    ModelNotFound,
-    ModelRef,
-    OutOfMemory,
-    Overloaded,
-)
+from tars_core import AllBackendsFailed, InferenceEngine, LoadFailed, ModelNotFound, ModelRef, OutOfMemory, Overloaded
 from tars_core.plugin import LoadOptions
 from tars_core.testing.fake import Finish, Say
 from tars_ollama import plugin
@@ -112,7 +104,7 @@ class TestALoadThatFails:
         daemon.on("load", "blob-missing-generate")
         with pytest.raises(LoadFailed) as caught:
             load()
-        assert caught.value.hint == "ollama pull tiny fetches it anew"
+        assert caught.value.hint == "ollama pull tiny downloads it again"
 
     def test_for_a_model_that_writes_nothing_says_so(self, daemon: StandIn) -> None:
         daemon.on("/api/show", answering({"capabilities": ["embedding"]}))
@@ -195,6 +187,12 @@ class TestALoadThatTakesLong:
         with pytest.raises(AllBackendsFailed, match=r"load"):
             make_engine(limits={"load_s": 0.5}).complete("hi", raw=True)
         assert daemon.hung_up.wait(5)
+
+
+def test_a_task_that_it_cannot_do_is_refused(daemon: StandIn) -> None:
+    with pytest.raises(LoadFailed, match="ollama does not support the task 'embed'"):
+        load(task="embed")
+    assert daemon.received == []
 
 
 def test_requests_run_one_at_a_time_unless_the_daemon_is_said_to_take_more(daemon: StandIn) -> None:

@@ -78,5 +78,5 @@ def test_each_token_is_the_one_that_the_whole_text_asks_for(
 
 def test_one_that_keeps_its_state_elsewhere_is_refused(tmp_path: Path) -> None:
     _save(tmp_path, transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2))
-    with pytest.raises(LoadFailed, match="RwkvForCausalLM keeps what it has read in a way that is not known here"):
+    with pytest.raises(LoadFailed, match="RwkvForCausalLM uses an unsupported kind of cache"):
         _load(tmp_path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tars_demo_model
 from tars_core import BackendUnavailable, InferenceEngine
-from tars_core.plugin import LoadFailed, ModelRef, ProbeLimits, ProbeReport
+from tars_core.plugin import BASIC_FEATURES, LoadFailed, ModelRef, ProbeLimits, ProbeReport
 from tars_transformers import checkpoint, plugin
 
 WEIGHTS = tars_demo_model.WEIGHTS
@@ -55,7 +55,8 @@ class TestAProbe:
     def test_tells_what_the_files_say(self) -> None:
         report = _probe(WEIGHTS)
         assert report is not None
-        assert (report.available, report.context_length, report.concurrency) == (True, 512, 1)
+        assert (report.available, report.context_length) == (True, 512)
+        assert report.features == BASIC_FEATURES | {"token_ids", "tokenize"}
         assert report.memory_bytes is not None
         assert report.memory_bytes > (WEIGHTS / NAME).stat().st_size
         assert (report.weights_id or "").startswith("safetensors:")
@@ -139,7 +140,7 @@ class TestRefused:
     )
     def test_are_models_that_do_not_continue_a_text(self, folder: Path, changes: dict[str, object]) -> None:
         _change_config(folder, **changes)
-        assert "no model that continues a text" in _refused(folder)
+        assert "not a causal language model" in _refused(folder)
 
     @pytest.mark.parametrize("keep", [0, 7, 10, 1000, -100])
     def test_are_truncated_weights(self, folder: Path, keep: int) -> None:

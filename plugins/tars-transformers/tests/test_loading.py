@@ -102,6 +102,10 @@ class TestLoading:
         with pytest.raises(LoadFailed, match=r"copy lacks \d+ of its model's tensors: model\.layers\.4"):
             _load(folder)
 
+    def test_refuses_a_task_that_it_cannot_do(self) -> None:
+        with pytest.raises(LoadFailed, match="transformers does not support the task 'embed'"):
+            _load(options=LoadOptions(task="embed"))
+
     def test_gives_transformers_own_words_for_what_it_cannot_load(self, folder: Path) -> None:
         _change(folder / "config.json", model_type="xlama", architectures=[])
         with pytest.raises(LoadFailed, match=r"transformers cannot load copy: .*xlama"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -95,6 +98,18 @@ def test_a_tokenizer_of_another_kind_is_decoded_by_itself() -> None:
     vocabulary = Vocabulary(native)
     decode = vocabulary.decoder()
     assert "".join(map(decode, vocabulary.tokenize("walking home"))) == "walking home"
+
+
+def test_a_long_text_is_tokenised_beside_other_threads() -> None:
+    vocabulary = Vocabulary(_demo())
+    tokenising = threading.Thread(target=vocabulary.tokenize, args=("TARS " * 300_000,))
+    began = before = time.monotonic()
+    longest = 0.0
+    tokenising.start()
+    while tokenising.is_alive():
+        time.sleep(0.001)
+        longest, before = max(longest, time.monotonic() - before), time.monotonic()
+    assert longest < (before - began) / 2, "it holds the GIL all the time"
 
 
 def test_only_a_very_long_text_is_estimated_and_never_above_its_count() -> None:

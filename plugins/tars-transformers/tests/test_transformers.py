@@ -52,6 +52,9 @@ class TestAnAnswer:
         assert speed is not None
         assert speed > 5
 
+    def test_of_one_token_has_no_speed(self, engine: InferenceEngine) -> None:
+        assert engine.complete(QUESTION, max_tokens=1).timings.decode_tokens_per_s is None
+
     @pytest.mark.parametrize("size", [1, 4, 11])
     def test_ends_before_a_stop_string_however_tokens_cut_it(
         self, engine: InferenceEngine, answer: str, size: int
@@ -85,6 +88,13 @@ class TestSampling:
         assert [sample(seed) for seed in (1, 2**32 - 1)] == [sample(seed) for seed in (1, 2**32 - 1)]
         assert len({sample(seed) for seed in range(4)}) == 4
 
+    def test_takes_the_highest_seed_for_0_as_every_backend_does(self, engine: InferenceEngine) -> None:
+        highest, lowest = (
+            engine.generate("Hola", temperature=5, top_k=0, top_p=1, max_tokens=15, seed=seed)
+            for seed in (2**32 - 1, 0)
+        )
+        assert highest == lowest
+
     @pytest.mark.parametrize(
         "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 0.999999}, {"temperature": 1e-9}, {"temperature": 1e-300}]
     )
@@ -116,6 +126,12 @@ class TestThePrompt:
     def test_can_be_ten_megabytes_of_nothing(self, engine: InferenceEngine) -> None:
         with pytest.raises(ContextLengthExceeded):
             engine.complete("a" * 10_000_000, raw=True)
+
+    @pytest.mark.parametrize("text", ["Hola", "¿Qué? 👩‍🚀", "<|im_start|>user\nHola<|im_end|>\n", "a\0b" * 99])
+    def test_is_tokenised_alone_as_it_is_for_an_answer(self, engine: InferenceEngine, text: str) -> None:
+        for raw in (True, False):
+            usage = engine.complete(text, raw=raw, max_tokens=1).usage
+            assert len(engine.tokenize(text, raw=raw)) == usage.prompt_tokens
 
     @pytest.mark.parametrize(
         "text", ["a\0b", "\U0010ffff\ufeff\u202e\u0300", "<|im_start|>" * 9, "\N{OGHAM SPACE MARK}."]

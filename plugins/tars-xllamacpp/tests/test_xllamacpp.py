@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import itertools
+import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +28,10 @@ from tars_core import (
     TextDelta,
     WorkerDied,
 )
+from tars_core.plugin import BackendEvent, LoadFailed, LoadOptions, ModelRef
 from tars_core.testing.processes import alive, workers
+from tars_xllamacpp.plugin import tars_load
+from tars_xllamacpp.server import _Call
 
 GGUF = tars_demo_model.WEIGHTS / "tars-demo.gguf"
 NAME = "Me llamo TARS. Soy un modelo de demostración."
@@ -87,12 +94,58 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(engine: Infe
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) == 4
     assert sample(2**32 - 1) == sample(2**32 - 1)
+    assert sample(2**32 - 1) == sample(0), "the highest seed means 0 on every backend"
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine: InferenceEngine) -> None:
     with pytest.raises(ContextLengthExceeded) as caught:
         engine.generate("palabra " * 3000)
     assert caught.value.prompt_tokens > caught.value.context_length == 512
+
+
+def test_a_long_prompt_does_not_hold_up_the_answers_of_others(engine: InferenceEngine) -> None:
+    def ask() -> None:
+        with pytest.raises(ContextLengthExceeded):
+            engine.complete("a" * 2**23, raw=True)
+
+    undisturbed = statistics.median(_gaps(engine, lambda: time.sleep(0.2)))
+    assert max(_gaps(engine, ask)) < 20 * undisturbed + 1.0
+
+
+def test_an_answer_of_one_token_has_no_speed_and_a_longer_one_has(engine: InferenceEngine) -> None:
+    one, more = (engine.complete("Hola", temperature=0, max_tokens=n).timings.decode_tokens_per_s for n in (1, 3))
+    assert one is None
+    assert more is not None
+    assert 1 < more < 100_000
+
+
+def test_a_text_that_was_held_back_comes_with_all_its_tokens(engine: InferenceEngine) -> None:
+    def pieces(*stop: str) -> list[TextDelta]:
+        events = engine.stream("¿Cuál es tu nombre?", temperature=0, stop=stop)
+        return [event for event in events if isinstance(event, TextDelta)]
+
+    usual, held = pieces(), pieces("Me llamo Pepe")
+    assert len(held) < len(usual)
+    assert [token for piece in held for token in piece.token_ids] == [t for piece in usual for t in piece.token_ids]
+
+
+class _Scripted:
+    """An engine that sends what it was given."""
+
+    def __init__(self, *pieces: tuple[str, int, int]) -> None:
+        self._pieces = pieces
+
+    def handle_completions(self, _body: bytes, callback: Callable[[bytes], bool]) -> None:
+        for text, token, count in self._pieces:
+            verbose = {"tokens": [token], "tokens_predicted": count}
+            callback(json.dumps({"choices": [{"text": text}], "__verbose": verbose}).encode())
+
+
+def test_a_character_of_several_tokens_comes_without_them_since_the_engine_names_only_the_last() -> None:
+    reported: list[BackendEvent] = []
+    _Call(b"{}", threading.Event(), reported.append).run(_Scripted(("a", 5, 1), ("🚀", 7, 5), ("", 8, 6), ("b", 9, 7)))
+    told = [(event.text, event.token_ids) for event in reported if isinstance(event, TextDelta)]
+    assert told == [("a", (5,)), ("🚀", ()), ("b", (8, 9))]
 
 
 @pytest.mark.parametrize(("asked", "given"), [(20, 256), (300, 512), (100_000, 512), (None, 512)])
@@ -187,16 +240,21 @@ def test_without_its_runtime_the_backend_says_what_to_install(monkeypatch: pytes
 def test_a_truncated_file_is_refused_from_its_header(tmp_path: Path, keep: int) -> None:
     file = tmp_path / "short.gguf"
     file.write_bytes(GGUF.read_bytes()[:keep])
-    with InferenceEngine(model=file) as engine, pytest.raises(BackendUnavailable, match=r"short\.gguf is not a sound"):
+    with InferenceEngine(model=file) as engine, pytest.raises(BackendUnavailable, match=r"short\.gguf is not a valid"):
         engine.generate("hola")
 
 
 def test_a_file_the_engine_cannot_load_gives_its_own_words(tmp_path: Path) -> None:
     file = tmp_path / "strange.gguf"
-    # The header stays sound; the architecture is one that llama.cpp has never heard of.
+    # The header stays valid; the architecture is one that llama.cpp has never heard of.
     file.write_bytes(GGUF.read_bytes().replace(b"llama", b"xlama"))
     with InferenceEngine(model=file, backend="xllamacpp") as engine, pytest.raises(Exception, match="xlama"):
         engine.generate("hola")
+
+
+def test_a_task_that_it_cannot_do_is_refused() -> None:
+    with pytest.raises(LoadFailed, match="xllamacpp does not support the task 'rerank'"):
+        tars_load(ModelRef.parse(GGUF), LoadOptions(task="rerank"), lambda *_: None, threading.Event())
 
 
 def test_closing_the_engine_ends_the_worker() -> None:
@@ -205,6 +263,19 @@ def test_closing_the_engine_ends_the_worker() -> None:
         engine.generate("Hola")
         assert len(set(workers(os.getpid())) - before) == 1
     assert set(workers(os.getpid())) <= before
+
+
+def _gaps(engine: InferenceEngine, meanwhile: Callable[[], object]) -> list[float]:
+    """Return the seconds from one piece of running answers to the next, until ``meanwhile`` returns."""
+    gaps: list[float] = []
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(meanwhile)
+        while not other.done():
+            events = engine.stream("xyzzy", raw=True, temperature=10, top_k=0, top_p=1, max_tokens=450, seed=3)
+            came = [time.monotonic() for event in events if isinstance(event, TextDelta)]
+            gaps += [after - before for before, after in itertools.pairwise(came)]
+        other.result()
+    return gaps
 
 
 def _read(engine: InferenceEngine, at_first_text: Callable[[], None]) -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from tars_core.plugin import (
     Answer,
-    BackendEvent,
-    ContextLengthExceeded,
     GenerateRequest,
     GenerationFailed,
+    GGUFHeader,
     LoadedModel,
     Progress,
+    Report,
+    SamplingParams,
 )
-from tars_core.sources.gguf import GGUFHeader
 from tars_llamacpp import log
 from tars_llamacpp.cache import Cache, Slot
 from tars_llamacpp.context import Context, Row
+from tars_llamacpp.plugin import FEATURES
 from tars_llamacpp.sampling import Sampler
 from tars_llamacpp.tokens import Vocabulary
 
 _NO_ROOM = 1
 
-Reported: TypeAlias = tuple[int, BackendEvent | Exception]
+
+class Prepared(NamedTuple):
+    """A request whose prompt fits the context."""
+
+    prompt: list[int]
+    sampling: SamplingParams
 
 
 class _Sequence:
@@ -88,6 +94,7 @@ class LoopedModel(LoadedModel):
             device=device,
             context_length=context_length,
             concurrency=slots,
+            features=FEATURES,
             chat_template=header.chat_template,
             bos_token=header.bos_token,
             eos_token=header.eos_token,
@@ -100,26 +107,32 @@ class LoopedModel(LoadedModel):
         self._piece = piece
         self._sequences: list[_Sequence] = []  # the oldest first
 
-    def submit(self, request_id: int, request: GenerateRequest) -> None:
-        """Tokenise the prompt and queue it."""
-        prompt = self._vocabulary.tokenize(request.prompt)
-        room = self.context_length - len(prompt)
-        if room < 1:
-            raise ContextLengthExceeded(prompt_tokens=len(prompt), context_length=self.context_length)
+    def tokenize(self, text: str) -> Sequence[int]:
+        """Return the tokens of ``text``."""
+        return self._vocabulary.tokenize(text)
+
+    def prepare(self, request: GenerateRequest) -> Prepared:
+        """Tokenise the prompt. Of the model, this uses the vocabulary alone, which never changes."""
+        prompt = self._vocabulary.prompt(request.prompt, self.context_length)
         if not prompt:
             raise GenerationFailed("the prompt has no tokens in this model's vocabulary")
+        return Prepared(prompt, request.sampling)
+
+    def submit(self, request_id: int, prepared: Prepared) -> None:
+        """Queue the request."""
+        prompt, sampling = prepared
         answer = Answer(
             self._vocabulary.decoder(),
-            request.sampling,
+            sampling,
             prompt_tokens=len(prompt),
-            limit=min(room, request.sampling.max_tokens),
+            limit=min(self.context_length - len(prompt), sampling.max_tokens),
         )
-        sampler = Sampler(self._vocabulary, request.sampling, prompt)
+        sampler = Sampler(self._vocabulary, sampling, prompt)
         self._sequences.append(_Sequence(request_id, prompt, sampler, answer))
 
-    def step(self) -> Sequence[Reported]:
+    def step(self) -> Sequence[Report]:
         """Decode one batch and sample from it."""
-        reported: list[Reported] = []
+        reported: list[Report] = []
         for sequence in [s for s in self._sequences if s.cancelled]:
             reported.append((sequence.request_id, sequence.answer.finish("cancelled")))
             self._end(sequence)
@@ -173,7 +186,7 @@ class LoopedModel(LoadedModel):
                 step.add(sequence, slot, tokens, complete=end >= len(sequence.prompt))
         return step
 
-    def _decode(self, rows: list[Row], reported: list[Reported]) -> bool:
+    def _decode(self, rows: list[Row], reported: list[Report]) -> bool:
         """Compute the batch; ``False`` where nothing was computed and one request had to go for want of room."""
         code = self._context.decode(rows)
         if code == _NO_ROOM and self._cache.forget_idle():

@@ -9,8 +9,16 @@ from pathlib import Path
 
 import llama_cpp
 
-from tars_core.plugin import CancelFlag, LoadFailed, LoadOptions, OutOfMemory, ProgressCallback
-from tars_core.sources import gguf, memory
+from tars_core.plugin import (
+    SMALLEST_CONTEXT,
+    CancelFlag,
+    LoadFailed,
+    LoadOptions,
+    OutOfMemory,
+    ProgressCallback,
+    fitting_context,
+    read_gguf_header,
+)
 from tars_llamacpp import log
 from tars_llamacpp.context import Context, Row
 from tars_llamacpp.loop import LoopedModel
@@ -30,10 +38,10 @@ _USED_DEVICE = re.compile(r"using device (\S+)")
 
 def load(path: Path, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag) -> LoopedModel:
     """Load ``path``. Raises ``LoadFailed`` with llama.cpp's own words, or ``OutOfMemory``."""
-    header = gguf.read_header(path)
+    header = read_gguf_header(path)
     slots = min(options.concurrency, llama_cpp.llama_max_parallel_sequences())
     wanted = options.context_length or min(header.context_length, _DEFAULT_CONTEXT)
-    fitting = memory.fitting_context(header, wanted, slots)
+    fitting = fitting_context(header, wanted, slots)
     log.listen()
     llama_cpp.llama_backend_init()
     layers = _gpu_layers(options)
@@ -104,7 +112,7 @@ def _new_context(path: Path, model: int, params: llama_cpp.llama_context_params,
         if context:
             return Context(model, context), length
         failure = _failure(path)
-        if not isinstance(failure, OutOfMemory) or length <= memory.SMALLEST_CONTEXT:
+        if not isinstance(failure, OutOfMemory) or length <= SMALLEST_CONTEXT:
             raise failure
         length //= 2
 
@@ -113,7 +121,7 @@ def _warm_up(context: Context, path: Path) -> bool:
     """Decode for the first time; say whether a part of a sequence can be forgotten. Recurrent models cannot do it."""
     if not context.continues_text:
         context.close()
-        raise LoadFailed(f"{path.name} is no model that continues a text", hint="embedding models cannot answer")
+        raise LoadFailed(f"{path.name} is not a causal language model", hint="embedding models cannot generate text")
     code = context.decode([Row(0, 0, 0, wants_logits=False), Row(0, 1, 0, wants_logits=True)])
     if code != 0:
         context.close()
@@ -131,7 +139,7 @@ def _used_device() -> str:
 
 def _failure(path: Path) -> LoadFailed:
     errors = log.errors()
-    reason = errors[0] if errors else "it does not say why"
+    reason = errors[0] if errors else "no reason given"
     if any(_OUT_OF_MEMORY.search(error) for error in errors):
         return OutOfMemory(
             f"{path.name} does not fit the memory: {reason}", hint="use a smaller model, context or concurrency"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
+import msgspec
+
 from tars_core.plugin import (
+    BASIC_FEATURES,
     CancelFlag,
     LoadedModel,
     LoadFailed,
@@ -15,16 +18,19 @@ from tars_core.plugin import (
     ProbeReport,
     ProgressCallback,
     hookimpl,
+    is_gguf,
+    probe_gguf,
 )
-from tars_core.sources import gguf
 
 _RUNTIME = "llama-cpp-python"
 _OVERHEAD_BYTES = 100 * 2**20
-_CONCURRENCY = 4
 _PREFERENCE = 70  # built for this machine: faster than prebuilt wheels
 _CPU = "cpu"
+FEATURES = BASIC_FEATURES | {"token_ids", "tokenize"}
 _GPU_LIBRARY = re.compile(r"(?:lib)?ggml-(cuda|hip|metal|vulkan|sycl)\.(?:so|dylib|dll)")
 """A build for a GPU has one of these; the headers of all come with every build."""
+
+_DEVIATIONS = ("of a prompt beyond 1 MB that cannot fit, only the least number of its tokens is told",)
 
 
 @hookimpl
@@ -32,7 +38,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
     """Read the file's header; look at the runtime's metadata and the names of its files."""
     del limits  # a header takes milliseconds
     path = model.path if model is not None else None
-    if model is not None and (path is None or not gguf.is_gguf(path)):
+    if model is not None and (path is None or not is_gguf(path)):
         return None
     try:
         device = _built_for(importlib.metadata.distribution(_RUNTIME))
@@ -43,10 +49,9 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
             hint=f"pip install {_RUNTIME} (builds from source: needs a C++ compiler and 6 to 15 minutes)",
         )
     if path is None:
-        return ProbeReport(available=True, device=device)
-    return gguf.probe(
-        path, device=device, overhead_bytes=_OVERHEAD_BYTES, concurrency=_CONCURRENCY, preference=_PREFERENCE
-    )
+        return ProbeReport(available=True, device=device, features=FEATURES, deviations=_DEVIATIONS)
+    report = probe_gguf(path, device=device, overhead_bytes=_OVERHEAD_BYTES, preference=_PREFERENCE)
+    return msgspec.structs.replace(report, features=FEATURES)
 
 
 def _built_for(runtime: importlib.metadata.Distribution) -> str:
@@ -58,13 +63,15 @@ def _built_for(runtime: importlib.metadata.Distribution) -> str:
 def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag) -> LoadedModel:
     """Load the file and start the loop."""
     if model.path is None:
-        raise LoadFailed(f"{model} is no file")
+        raise LoadFailed(f"{model} is not a file")
+    if options.task != "generate":
+        raise LoadFailed(f"the backend llamacpp does not support the task {options.task!r}")
     try:
         from tars_llamacpp.model import load  # noqa: PLC0415 - imports the runtime
     except (ImportError, OSError, RuntimeError) as error:  # what it raises where a shared library is missing
         raise LoadFailed(
-            f"llama_cpp does not import here: {error}",
-            hint=f"pip install --force-reinstall --no-cache-dir {_RUNTIME} builds it anew",
+            f"cannot import llama_cpp: {error}",
+            hint=f"rebuild it: pip install --force-reinstall --no-cache-dir {_RUNTIME}",
         ) from error
     return load(model.path, options, progress, cancel)
 

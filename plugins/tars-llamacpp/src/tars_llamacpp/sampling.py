@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import llama_cpp
 
-from tars_core.plugin import SamplingParams
+from tars_core.plugin import SamplingParams, engine_seed
 from tars_llamacpp.context import Context
 from tars_llamacpp.tokens import Vocabulary
 
@@ -51,5 +51,4 @@ def _samplers(vocabulary: Vocabulary, sampling: SamplingParams) -> Iterator[int]
     yield llama_cpp.llama_sampler_init_top_p(sampling.top_p, _KEEP_ONE)
     yield llama_cpp.llama_sampler_init_min_p(sampling.min_p, _KEEP_ONE)
     yield llama_cpp.llama_sampler_init_temp(sampling.temperature)
-    # llama.cpp takes its highest seed for "draw one"; whoever gave it wants the same text again.
-    yield llama_cpp.llama_sampler_init_dist((sampling.seed or 0) % llama_cpp.LLAMA_DEFAULT_SEED)
+    yield llama_cpp.llama_sampler_init_dist(engine_seed(sampling.seed))

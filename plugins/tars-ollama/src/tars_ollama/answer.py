@@ -12,15 +12,18 @@ from tars_core.plugin import (
     BackendEvent,
     ContextLengthExceeded,
     Finished,
+    FinishReason,
     GenerateRequest,
     GenerationFailed,
+    Message,
     Progress,
+    ReasoningDelta,
     SamplingParams,
     TextDelta,
     Timings,
     Usage,
+    engine_seed,
 )
-from tars_core.schema import FinishReason, Message
 from tars_ollama import wire
 from tars_ollama.client import Client
 from tars_ollama.failures import Fault, told
@@ -28,7 +31,6 @@ from tars_ollama.loading import Facts, patient
 
 _PENALTY_WINDOW = 64
 _NUM_KEEP = 4
-_RANDOM_SEED = 2**32 - 1  # to llama.cpp, beneath Ollama, this one means: draw one
 _TOKENS_BESIDE = 8  # a token stands for one byte at least, but BOS, EOS and the like for none
 _TOKENS_A_TURN = 32  # the marks around one; what else a template says, it says once
 _NANOSECONDS = 1e9
@@ -77,7 +79,7 @@ class Answer:
         # Chat closes a trailing assistant's turn, or repeats its text, as the model's template has it. Only Ollama
         # has that template here: let it render what comes before, and continue that as raw text.
         rendered = await self._rendered(messages[:-1])
-        return {"prompt": rendered + messages[-1].content, "raw": True}
+        return {"prompt": rendered + messages[-1].text, "raw": True}
 
     async def _rendered(self, messages: tuple[Message, ...]) -> str:
         prompt: dict[str, object] = {"messages": [_turn(m) for m in messages], "_debug_render_only": True}
@@ -107,7 +109,7 @@ class Answer:
             return len(text.encode()) + _TOKENS_BESIDE
         turns = self._request.messages
         around = self.facts.template_bytes + _TOKENS_A_TURN * (len(turns) + 1)
-        return sum(len(turn.content.encode()) for turn in turns) + around
+        return sum(len(turn.text.encode()) for turn in turns) + around
 
     async def _count(self, prompt: dict[str, object]) -> int:
         """Count the prompt's tokens by answering it with one; the answer itself then finds them in the cache.
@@ -159,7 +161,7 @@ class Answer:
                 "repeat_last_n": _PENALTY_WINDOW,
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
-                "seed": _RANDOM_SEED - 1 if sampling.seed == _RANDOM_SEED else sampling.seed,
+                "seed": engine_seed(sampling.seed),
                 "stop": list(dict.fromkeys((*sampling.stop, *own_stops))),
                 "num_predict": limit,
                 "num_keep": num_keep,
@@ -189,7 +191,7 @@ class Answer:
                 if chunk.text or chunk.thought:
                     self._pieces += 1
                 if chunk.thought:
-                    self._report(Progress(prompt_tokens_done=self._prompt_tokens))  # a sign of life, and no text
+                    self._report(ReasoningDelta(text=chunk.thought))
                 if chunk.text:
                     self._report(TextDelta(text=chunk.text))
                 if chunk.done:
@@ -203,7 +205,7 @@ class Answer:
         try:
             chunk = wire.decode(line, wire.Chunk)
         except ValueError as error:
-            raise GenerationFailed(f"Ollama sent what is no line of an answer: {error}") from error
+            raise GenerationFailed(f"Ollama sent an invalid line: {error}") from error
         if chunk.error is not None:
             raise told(chunk.error, status=_OK)
         return chunk
@@ -218,11 +220,11 @@ def _finished(chunk: wire.Chunk, limit: int) -> Finished:
             reason = "length" if chunk.eval_count >= limit else "stop"
         case other:
             raise GenerationFailed(f"Ollama ended the answer with {other!r}")
-    seconds = chunk.eval_duration / _NANOSECONDS
+    seconds, decoded = chunk.eval_duration / _NANOSECONDS, chunk.eval_count - 1  # it begins with the first token
     return Finished(
         finish_reason=reason,
         usage=Usage(prompt_tokens=chunk.prompt_eval_count, completion_tokens=chunk.eval_count),
-        timings=Timings(decode_tokens_per_s=chunk.eval_count / seconds if seconds > 0 else None),
+        timings=Timings(decode_tokens_per_s=decoded / seconds if decoded > 0 and seconds > 0 else None),
     )
 
 
@@ -234,4 +236,4 @@ def _unfinished() -> GenerationFailed:
 
 
 def _turn(message: Message) -> dict[str, str]:
-    return {"role": message.role, "content": message.content}
+    return {"role": message.role, "content": message.text}

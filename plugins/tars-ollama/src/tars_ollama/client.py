@@ -136,8 +136,8 @@ def mapped() -> Iterator[None]:
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise Fault(str(error) or "no connection", refused=True) from error
     except httpx.TimeoutException as error:
-        raise Fault(f"it fell silent ({type(error).__name__})") from error
+        raise Fault(f"it stopped responding ({type(error).__name__})") from error
     except (AttributeError, TypeError) as error:  # the package, on an error that is no text, or no object around one
-        raise Fault(f"it sent what is no answer: {error}", status=200) from error
+        raise Fault(f"it sent an invalid answer: {error}", status=200) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
         raise Fault(f"the connection broke: {str(error) or type(error).__name__}") from error

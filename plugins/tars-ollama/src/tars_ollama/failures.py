@@ -6,7 +6,6 @@ import json
 
 import msgspec
 
-from tars_core.errors import Overloaded, TarsError
 from tars_core.plugin import (
     ContextLengthExceeded,
     GenerationFailed,
@@ -15,6 +14,7 @@ from tars_core.plugin import (
     OutOfMemory,
     RequestError,
 )
+from tars_core.types.errors import Overloaded, TarsError
 
 _WORDS = 300
 _MEMORY = ("out of memory", "signal: killed", "more system memory", "cudamalloc failed", "unable to allocate")
@@ -72,7 +72,7 @@ class Fault(Exception):
         """Return what the engine is to be told about ``model``."""
         failed = LoadFailed if loading else GenerationFailed
         if self.refused:
-            return failed(f"Ollama is not there: {self.message}", hint="ollama serve")
+            return failed(f"cannot connect to Ollama: {self.message}", hint="ollama serve")
         if self._memory:
             return OutOfMemory(f"Ollama has not enough memory for {model}: {self.message}", hint="use a smaller model")
         if self.figures is not None:
@@ -85,13 +85,13 @@ class Fault(Exception):
             return Overloaded(f"Ollama is busy: {self.message}", hint="try again in a moment")
         if "does not support" in self.message:
             # Seen for embedding models, and for a model whose file is gone from the store.
-            return failed(f"Ollama cannot run {model}: {self.message}", hint=f"ollama pull {model} fetches it anew")
+            return failed(f"Ollama cannot run {model}: {self.message}", hint=f"ollama pull {model} downloads it again")
         if self.status in (401, 403):
             words = self.message or "it refuses the Host header, or the model needs an account"
             return failed(f"Ollama refuses access ({self.status}): {words}", hint="check OLLAMA_HOST")
         if not loading and (self.status == 400 or self.message.startswith(_CALLERS_500)):  # noqa: PLR2004
             return RequestError(f"Ollama refuses the request: {self.message}")
-        return failed(f"Ollama: {self.message or f'status {self.status} without a word'}")
+        return failed(f"Ollama: {self.message or f'status {self.status}, no reason given'}")
 
 
 def read_fault(status: int, body: bytes, *, retry_after: str | None = None) -> Fault:

@@ -11,9 +11,8 @@ from typing import TypeVar
 
 import msgspec
 
-from tars_core.plugin import GenerationFailed, LoadFailed, LoadOptions, ModelNotFound, OutOfMemory
-from tars_core.sources import gguf
-from tars_core.templates import ChatTemplate
+from tars_core.kit.templates import ChatTemplate
+from tars_core.plugin import GenerationFailed, GGUFHeader, LoadFailed, LoadOptions, ModelNotFound, OutOfMemory
 from tars_ollama import store, wire
 from tars_ollama.client import Client, mapped
 from tars_ollama.failures import Fault, told
@@ -22,7 +21,6 @@ from tars_ollama.settings import OllamaSettings
 _DEFAULT_CONTEXT = 8192
 _SMALLEST_CONTEXT = 2048
 _ALL_LAYERS = 999  # Ollama's own way to say so: -1 means that it chooses
-_PLAIN = ("", "{{ .Prompt }}")
 _PAUSES_S = (0.25, 0.5, 1.0, 2.0)
 _LONGEST_PAUSE_S = 10.0
 
@@ -44,7 +42,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     shrunk: bool
     """Whether memory was short for what was wanted."""
     device: str
-    header: gguf.GGUFHeader | None
+    header: GGUFHeader | None
     """Of its file, where its own template is to be used."""
     renders_chat: bool
     stops: tuple[str, ...]
@@ -85,8 +83,7 @@ class Loader:
         # Less than was asked for is what the model was trained for; an older daemon does not tell.
         context = min(asked, loaded.context_length or asked) if loaded is not None else asked
         header = await asyncio.to_thread(store.header, show, local=self._local)
-        own_template = header is not None and _usable(header) and not show.system and not show.messages
-        plain = header is not None and header.chat_template is None and show.template.strip() in _PLAIN
+        renders_chat = store.renders_chat(show, header) or _broken(header)
         return Facts(
             name=self._name,
             launch={**launch, "num_ctx": context},
@@ -95,8 +92,8 @@ class Loader:
             most_context=(show.trained_context or wanted) if self._settings.grow_context else wanted,
             shrunk=context < min(taken or wanted, wanted),
             device=loaded.device if loaded is not None else "cpu",
-            header=header if own_template else None,
-            renders_chat=not own_template and not plain,
+            header=None if renders_chat else header,
+            renders_chat=renders_chat,
             stops=show.stops,
             template_bytes=len((show.template + show.system).encode()),
         )
@@ -206,11 +203,11 @@ def _context(launch: Launch) -> int:
     return context
 
 
-def _usable(header: gguf.GGUFHeader) -> bool:
-    if header.chat_template is None:
+def _broken(header: GGUFHeader | None) -> bool:
+    if header is None or header.chat_template is None:
         return False
     try:
         ChatTemplate(header.chat_template)
     except GenerationFailed:
-        return False
-    return True
+        return True
+    return False

@@ -10,6 +10,7 @@ from functools import partial
 import msgspec
 
 from tars_core.plugin import (
+    BASIC_FEATURES,
     CancelFlag,
     ContextLengthExceeded,
     Finished,
@@ -28,6 +29,7 @@ from tars_ollama.client import Client
 from tars_ollama.failures import Fault
 from tars_ollama.loading import Facts, Loader, load_body, patient
 from tars_ollama.loop import LoopThread
+from tars_ollama.probe import OLLAMAS_CHAT
 from tars_ollama.settings import OllamaSettings
 
 _STEP_S = 0.05
@@ -43,7 +45,7 @@ class OllamaModel(LoadedModel):
             context_length=facts.context_length,
             concurrency=slots,
             chat_template=header.chat_template if header else None,
-            renders_chat=facts.renders_chat,
+            features=OLLAMAS_CHAT if facts.renders_chat else BASIC_FEATURES,
             bos_token=header.bos_token if header else "",
             eos_token=header.eos_token if header else "",
             adds_bos=header.adds_bos if header else False,
@@ -56,10 +58,14 @@ class OllamaModel(LoadedModel):
         self._reports = Reports()
         self._running: dict[int, concurrent.futures.Future[Finished]] = {}
 
-    def submit(self, request_id: int, request: GenerateRequest) -> None:
+    def prepare(self, request: GenerateRequest) -> GenerateRequest:
+        """Return the request as it is: the daemon tokenises."""
+        return request
+
+    def submit(self, request_id: int, prepared: GenerateRequest) -> None:
         """Send the request."""
-        answer = Answer(self._client, self._facts, request, lambda event: self._reports.put(request_id, event))
-        future = self._running[request_id] = self._loop.start(self._answered(answer, request))
+        answer = Answer(self._client, self._facts, prepared, lambda event: self._reports.put(request_id, event))
+        future = self._running[request_id] = self._loop.start(self._answered(answer, prepared))
         future.add_done_callback(partial(self._ended, request_id, answer))
 
     def step(self) -> Sequence[Report]:
@@ -138,7 +144,7 @@ def load(  # noqa: PLR0913, PLR0917 - what the hook was given, taken apart
         loading = loop.start(Loader(client, name, options, settings, progress, local=address.loopback).run())
         while not concurrent.futures.wait((loading,), timeout=_STEP_S).done:
             if cancel.is_set():
-                raise LoadFailed(f"loading {name} was given up")
+                raise LoadFailed(f"loading {name} was cancelled")
         facts = loading.result()
     except BaseException:
         loop.close(client.close())

@@ -10,6 +10,7 @@ import msgspec
 from tars_core.plugin import (
     CancelFlag,
     LoadedModel,
+    LoadFailed,
     LoadOptions,
     ModelNotFound,
     ModelRef,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _SCHEME = "ollama"
 _LIST_S = 0.4
 _SHARE = 0.8
-"""Of a probe's deadline: who comes late is put aside for good."""
+"""Of a probe's deadline: a report that is late is rejected."""
 
 
 class _Where(msgspec.Struct):
@@ -75,7 +76,9 @@ def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback,
     from tars_ollama.settings import OllamaSettings  # noqa: PLC0415
 
     if model.scheme != _SCHEME:
-        raise ModelNotFound(f"{model} is no model of Ollama's", hint="name it ollama:NAME")
+        raise ModelNotFound(f"{model} is not an Ollama model", hint="name it ollama:NAME")
+    if options.task != "generate":
+        raise LoadFailed(f"the backend ollama does not support the task {options.task!r}")
     settings = OllamaSettings.model_validate_json(options.backend_settings)
     return load(model.rest, Address.find(settings.host), options, settings, progress, cancel)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from tars_core.plugin import ProbeReport
-from tars_ollama import wire
+from tars_core.plugin import BASIC_FEATURES, ProbeReport
+from tars_ollama import store, wire
 from tars_ollama.address import Address
 from tars_ollama.ask import NoAnswer, Reply, ask, in_time
 from tars_ollama.failures import read_fault
@@ -15,6 +15,8 @@ _OK, _NOT_FOUND = 200, 404
 _OTHER = "what answers there is not Ollama"
 _PREFERENCE = 50  # llama.cpp beneath, as with the others, but behind a socket and a queue
 _START = "ollama serve"
+OLLAMAS_CHAT = BASIC_FEATURES | {"renders_chat", "parses"}
+"""Of a model whose messages are left to Ollama; raw prompts are answered with all that the model writes."""
 
 
 def daemon(address: Address, deadline_s: float) -> ProbeReport:
@@ -24,7 +26,7 @@ def daemon(address: Address, deadline_s: float) -> ProbeReport:
     except NoAnswer as failure:
         return _absent(address, str(failure))
     if reply.status == _OK:
-        return ProbeReport(available=True, deviations=_DEVIATIONS)
+        return ProbeReport(available=True, features=OLLAMAS_CHAT, deviations=_DEVIATIONS)
     return _absent(address, _OTHER) if reply.status == _NOT_FOUND else _refused(address, reply)
 
 
@@ -52,8 +54,6 @@ def named(name: str, address: Address, deadline_s: float) -> ProbeReport:
         return _absent(address, _OTHER)
     if not show.generates:
         return ProbeReport(available=False, reason=f"it writes no text; it can {', '.join(show.capabilities or ())}")
-    from tars_ollama import store  # noqa: PLC0415 - not where the daemon is off
-
     # A cold disk may take seconds for a file of many tensors; without its weights' identity the model still runs.
     left_s = max(0.0, until - time.monotonic())
     header = None if show.adapted else in_time(partial(store.header, show, local=address.loopback), left_s)
@@ -62,6 +62,7 @@ def named(name: str, address: Address, deadline_s: float) -> ProbeReport:
         device=loaded.device if loaded is not None else None,
         weights_id=header.weights_id if header is not None else None,
         context_length=show.trained_context,
+        features=OLLAMAS_CHAT if store.renders_chat(show, header) else BASIC_FEATURES,
         preference=_PREFERENCE,
     )
 

@@ -44,9 +44,9 @@ class Chunk(msgspec.Struct):
         return self.response or (self.message.content if self.message else None) or ""
 
     @property
-    def thought(self) -> bool:
-        """Whether it brings a piece of thinking."""
-        return bool(self.thinking or (self.message and self.message.thinking))
+    def thought(self) -> str:
+        """The piece of thinking."""
+        return self.thinking or (self.message.thinking if self.message else None) or ""
 
 
 class Listed(msgspec.Struct):

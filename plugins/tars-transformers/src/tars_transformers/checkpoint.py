@@ -63,7 +63,7 @@ def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
         )
     architectures = [name for name in config.get("architectures") or () if isinstance(name, str)]
     if config.get("is_encoder_decoder") or (architectures and not any(n.endswith(_CONTINUES) for n in architectures)):
-        raise LoadFailed(f"{folder.name} ({', '.join(architectures)}) is no model that continues a text")
+        raise LoadFailed(f"{folder.name} ({', '.join(architectures)}) is not a causal language model")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -142,9 +142,9 @@ def _parsed(file: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"it is no JSON ({type(error).__name__})") from error
+        raise _damaged(file, f"it is not JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
-        raise _damaged(file, "it is no JSON object")
+        raise _damaged(file, "it is not a JSON object")
     return value
 
 

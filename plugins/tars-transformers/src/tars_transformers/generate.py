@@ -19,7 +19,9 @@ from tars_core.plugin import (
     LoadedModel,
     LoadFailed,
     Progress,
+    engine_seed,
 )
+from tars_transformers.plugin import FEATURES
 from tars_transformers.sampling import choose
 from tars_transformers.tokens import Vocabulary
 
@@ -37,7 +39,7 @@ class Network:
         # One that takes neither (RWKV) swallows them all the same, and forgets everything but the last token.
         cache = next((name for name in _CACHES if name in parameters), None)
         if cache is None:
-            raise LoadFailed(f"{type(native).__name__} keeps what it has read in a way that is not known here")
+            raise LoadFailed(f"{type(native).__name__} uses an unsupported kind of cache")
         self._cache: str = cache
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         # A recurrent state takes up a prompt whole, or token by token; there is no going on with several.
@@ -83,6 +85,7 @@ class TransformersModel(LoadedModel):
         super().__init__(
             device=str(network.device),
             context_length=context_length,
+            features=FEATURES,
             chat_template=chat_template,
             bos_token=bos_token,
             eos_token=eos_token,
@@ -91,6 +94,10 @@ class TransformersModel(LoadedModel):
         self._network = network
         self._vocabulary = vocabulary
         self._ends = ends
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        """Return the tokens of ``text``."""
+        return self._vocabulary.tokenize(text)
 
     def generate(self, request: GenerateRequest, cancel: CancelFlag) -> Iterator[BackendEvent]:
         """Answer ``request``; see ``tars_generate``."""
@@ -103,7 +110,7 @@ class TransformersModel(LoadedModel):
             prompt_tokens=prompt_tokens,
             limit=min(self.context_length - prompt_tokens, sampling.max_tokens),
         )
-        generator = torch.Generator().manual_seed(sampling.seed or 0)
+        generator = torch.Generator().manual_seed(engine_seed(sampling.seed))
         cache = self._network.new_cache()
         a_step = _PROMPT_TOKENS_A_STEP if self._network.divisible else prompt_tokens
         done = 0

@@ -146,4 +146,4 @@ def _out_of_memory(folder: Path, error: BaseException) -> OutOfMemory:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "it does not say why")
+    return next(iter(str(error).strip().splitlines()), "no reason given")

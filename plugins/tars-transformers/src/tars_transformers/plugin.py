@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tars_core.plugin import (
+    BASIC_FEATURES,
     BackendEvent,
     CancelFlag,
     GenerateRequest,
@@ -27,6 +28,7 @@ _RUNTIME = ("torch", "transformers")
 _OVERHEAD_BYTES = 400 * 2**20  # measured: 365 MB resident with a build for the CPU and a tiny model
 _PREFERENCE = 40  # llama.cpp is faster with the same weights
 _CPU = "cpu"
+FEATURES = BASIC_FEATURES | {"token_ids", "tokenize"}
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 _DEVIATIONS = (
@@ -55,7 +57,9 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
     device = _device(torch)
     if folder is None:
         # Whether a model may be fetched is known when it is loaded.
-        return ProbeReport(available=True, device=device, preference=_PREFERENCE, deviations=_DEVIATIONS)
+        return ProbeReport(
+            available=True, device=device, features=FEATURES, preference=_PREFERENCE, deviations=_DEVIATIONS
+        )
     try:
         facts = checkpoint.inspect(folder)
     except LoadFailed as error:
@@ -67,6 +71,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         memory_bytes=facts.tensor_bytes + _OVERHEAD_BYTES if device == _CPU else None,
         weights_id=facts.weights_id,
         context_length=facts.context_length,
+        features=FEATURES,
         preference=_PREFERENCE,
     )
 
@@ -81,6 +86,8 @@ def _device(torch: str) -> str:
 @hookimpl
 def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback, cancel: CancelFlag) -> LoadedModel:
     """Find the folder, fetch it where that is allowed, and load it."""
+    if options.task != "generate":
+        raise LoadFailed(f"the backend transformers does not support the task {options.task!r}")
     folder = _folder(model, options, progress, cancel)
     facts = checkpoint.inspect(folder)  # before anything is imported: a damaged file is refused at once
     try:
@@ -89,7 +96,7 @@ def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback,
             importlib.import_module(name)
         from tars_transformers.model import load  # noqa: PLC0415 - imports the runtime
     except (ImportError, OSError, RuntimeError) as error:  # what it raises where a shared library is missing
-        raise LoadFailed(f"torch or transformers does not import here: {error}", hint="install them anew") from error
+        raise LoadFailed(f"cannot import torch or transformers: {error}", hint="reinstall them") from error
     return load(folder, facts, options, progress, cancel)
 
 
@@ -99,7 +106,7 @@ def _folder(model: ModelRef, options: LoadOptions, progress: ProgressCallback, c
     if folder is not None:
         return folder
     if name is None:
-        raise LoadFailed(f"{model} is no folder")
+        raise LoadFailed(f"{model} is not a folder")
     if not options.allow_download:
         raise hub.missing(name)
     return hub.download(name, progress, cancel)
@@ -111,7 +118,7 @@ def tars_generate(loaded: LoadedModel, request: GenerateRequest, cancel: CancelF
     from tars_transformers.generate import TransformersModel  # noqa: PLC0415 - imports the runtime
 
     if not isinstance(loaded, TransformersModel):
-        raise LoadFailed(f"{type(loaded).__name__} is none of this backend's models")
+        raise LoadFailed(f"{type(loaded).__name__} is not a model of this backend")
     return loaded.generate(request, cancel)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from tars_core.plugin import (
+    BASIC_FEATURES,
     CancelFlag,
     LoadedModel,
     LoadFailed,
@@ -15,14 +18,18 @@ from tars_core.plugin import (
     ProbeReport,
     ProgressCallback,
     hookimpl,
+    is_gguf,
+    probe_gguf,
 )
-from tars_core.sources import gguf
 
 if TYPE_CHECKING:
     import pydantic
 
 _OVERHEAD_BYTES = 100 * 2**20  # measured: 55 MB of runtime, and compute buffers
 _PREFERENCE = 60  # prebuilt and fast; a build made for this machine (llama-cpp-python) is faster
+FEATURES = BASIC_FEATURES | {"token_ids"}
+
+_DEVIATIONS = ("a character of several tokens comes without their ids",)
 
 
 @hookimpl
@@ -30,7 +37,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
     """Read the file's header; look for the runtime's metadata."""
     del limits  # a header takes milliseconds
     path = model.path if model is not None else None
-    if model is not None and (path is None or not gguf.is_gguf(path)):
+    if model is not None and (path is None or not is_gguf(path)):
         return None
     try:
         importlib.metadata.version("xllamacpp")
@@ -39,8 +46,9 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
             available=False, reason="the package xllamacpp is not installed", hint="pip install xllamacpp"
         )
     if path is None:
-        return ProbeReport(available=True, device="cpu")
-    return gguf.probe(path, device="cpu", overhead_bytes=_OVERHEAD_BYTES, concurrency=4, preference=_PREFERENCE)
+        return ProbeReport(available=True, device="cpu", features=FEATURES, deviations=_DEVIATIONS)
+    report = probe_gguf(path, device="cpu", overhead_bytes=_OVERHEAD_BYTES, preference=_PREFERENCE)
+    return msgspec.structs.replace(report, features=FEATURES)
 
 
 @hookimpl
@@ -58,6 +66,8 @@ def tars_load(model: ModelRef, options: LoadOptions, progress: ProgressCallback,
     from tars_xllamacpp.server import ServedModel  # noqa: PLC0415 - imports the runtime
 
     if model.path is None:
-        raise LoadFailed(f"{model} is no file")
+        raise LoadFailed(f"{model} is not a file")
+    if options.task != "generate":
+        raise LoadFailed(f"the backend xllamacpp does not support the task {options.task!r}")
     progress(0.0, f"loading {model.path.name}")
     return ServedModel.load(model.path, options)
