@@ -3,6 +3,8 @@
 >>> from tars_core.plugin import Finished, LoadedModel, ProbeReport, TextDelta, Usage, hookimpl
 """
 
+from typing import TYPE_CHECKING
+
 from tars_core.hookspecs import (
     BASIC_FEATURES,
     BatchedModel,
@@ -15,7 +17,7 @@ from tars_core.hookspecs import (
 from tars_core.kit.answer import Answer
 from tars_core.kit.reports import Report, Reports
 from tars_core.kit.seeds import engine_seed
-from tars_core.kit.text import StopFilter, Utf8Assembler
+from tars_core.kit.text import StopFilter, Utf8Assembler, least_tokens
 from tars_core.models.fit import SMALLEST_CONTEXT, fitting_context
 from tars_core.models.gguf import GGUFHeader, is_gguf
 from tars_core.models.gguf import probe as probe_gguf
@@ -26,7 +28,9 @@ from tars_core.types.errors import (
     LoadFailed,
     ModelNotFound,
     OutOfMemory,
+    Overloaded,
     RequestError,
+    TarsError,
 )
 from tars_core.types.events import BackendEvent, Progress, ReasoningDelta, TextDelta, ToolCallDelta
 from tars_core.types.events import BackendFinished as Finished
@@ -36,6 +40,9 @@ from tars_core.types.reports import ProbeLimits, ProbeReport
 from tars_core.types.request import Constraint, EmbedRequest, GenerateRequest, Resume, SamplingParams, Task, Tool
 from tars_core.types.results import Embeddings, FinishReason, Timings, TokenLogprob, Usage
 
+if TYPE_CHECKING:
+    from tars_core.kit.templates import ChatTemplate
+
 __all__ = [
     "BASIC_FEATURES",
     "SMALLEST_CONTEXT",
@@ -43,6 +50,7 @@ __all__ = [
     "BackendEvent",
     "BatchedModel",
     "CancelFlag",
+    "ChatTemplate",
     "Constraint",
     "ContextLengthExceeded",
     "EmbedRequest",
@@ -61,6 +69,7 @@ __all__ = [
     "ModelRef",
     "OfferedModel",
     "OutOfMemory",
+    "Overloaded",
     "ProbeLimits",
     "ProbeReport",
     "Progress",
@@ -72,6 +81,7 @@ __all__ = [
     "Resume",
     "SamplingParams",
     "StopFilter",
+    "TarsError",
     "Task",
     "Text",
     "TextDelta",
@@ -86,6 +96,17 @@ __all__ = [
     "fitting_context",
     "hookimpl",
     "is_gguf",
+    "least_tokens",
     "probe_gguf",
     "read_gguf_header",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name == "ChatTemplate":  # jinja takes 40 ms to import, and most plugins go without
+            from tars_core.kit.templates import ChatTemplate  # noqa: PLC0415
+
+            return ChatTemplate
+        raise AttributeError(f"module 'tars_core.plugin' has no attribute {name!r}")

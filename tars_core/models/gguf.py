@@ -89,6 +89,8 @@ class GGUFHeader(msgspec.Struct, frozen=True, kw_only=True):
     bos_token: str
     eos_token: str
     adds_bos: bool
+    longest_token: int
+    """Bytes of the longest token's text."""
     tensor_bytes: int
     weights_id: str
     """Digest of the tensors' names, shapes, types and sampled contents."""
@@ -110,7 +112,15 @@ def is_gguf(path: Path) -> bool:
         return False  # a folder, or nothing there: no GGUF
 
 
-def probe(path: Path, *, device: str, overhead_bytes: int, preference: int) -> ProbeReport:
+def probe(  # noqa: PLR0913 - facts about a backend
+    path: Path,
+    *,
+    device: str,
+    overhead_bytes: int,
+    preference: int,
+    features: frozenset[str] | None = None,
+    deviations: tuple[str, ...] = (),
+) -> ProbeReport:
     """Report on ``path`` for a backend that runs GGUF files: what its header tells, or why it cannot be run.
 
     ``overhead_bytes`` are what the backend needs beside the weights; ``preference`` is 0 to 100.
@@ -128,6 +138,8 @@ def probe(path: Path, *, device: str, overhead_bytes: int, preference: int) -> P
         memory_bytes=header.tensor_bytes + overhead_bytes if device == "cpu" else None,
         weights_id=header.weights_id,
         context_length=header.context_length,
+        features=features,
+        deviations=deviations,
         preference=preference,
     )
 
@@ -152,10 +164,11 @@ def _known(values: dict[str, object], key: str) -> str | None:
 
 
 class _Strings(NamedTuple):
-    """An array of strings that was skipped: how many, and where every 4,096th begins."""
+    """An array of strings that was skipped: how many, where every 4,096th begins, and the bytes of the longest."""
 
-    size: int
-    places: list[int]
+    size: int = 0
+    places: list[int] = []  # noqa: RUF012 - never changed
+    longest: int = 0
 
 
 class _Reader:
@@ -205,6 +218,7 @@ class _Reader:
             bos_token=self._token(tokens, values.get("tokenizer.ggml.bos_token_id")),
             eos_token=self._token(tokens, values.get("tokenizer.ggml.eos_token_id")),
             adds_bos=self._adds_bos(values),
+            longest_token=tokens.longest,
             tensor_bytes=sum(size for _, _, size, _ in infos),
             weights_id=self._weights_id(start, infos),
         )
@@ -212,7 +226,7 @@ class _Reader:
     def _entries(self, count: int) -> tuple[dict[str, object], _Strings]:
         """Read numbers and the texts that are needed; find the vocabulary, and skip everything else."""
         values: dict[str, object] = {}
-        tokens = _Strings(size=0, places=[])
+        tokens = _Strings()
         for _ in range(count):
             key = self._text(_MAX_KEY)
             kind = self._u32()
@@ -298,28 +312,34 @@ class _Reader:
             self._at += count * _SCALARS[kind].size
         else:
             raise _damaged(self._path, f"an array has the unknown type {kind}")
-        return _Strings(size=0, places=[])
+        return _Strings()
 
     def _skip_strings(self, count: int) -> _Strings:
         places = []
+        longest = 0
         for left in range(count, 0, -_STRIDE):
             places.append(self._at)
-            self._skip_few(min(left, _STRIDE))
-        return _Strings(size=count, places=places)
+            longest = max(longest, self._skip_few(min(left, _STRIDE)))
+        return _Strings(count, places, longest)
 
-    def _skip_few(self, count: int) -> None:
+    def _skip_few(self, count: int) -> int:
         # The hot loop: a vocabulary has 150,000 tokens and as many merges. The end of the window is a struct.error.
+        longest = 0
         while count:
             self._bytes(self._at, _U64.size)
             at, data, unpack = self._at - self._begin, self._window, _U64.unpack_from
             done = 0
             try:
                 for done in range(count):  # noqa: B007 - needed where the loop breaks off
-                    at += 8 + unpack(data, at)[0]
+                    size = unpack(data, at)[0]
+                    at += 8 + size
+                    if size > longest:  # noqa: PLR1730 - max() takes three times as long
+                        longest = size
                 count = 0
             except (struct.error, OverflowError):
                 count -= done
             self._at = self._begin + at
+        return longest
 
     def _text(self, limit: int, errors: str = "replace") -> str:
         size = self._u64()

@@ -113,8 +113,9 @@ class Pool:
 
     def loaded(self) -> tuple[LoadedStatus, ...]:
         """Return the models in memory, the latest used first."""
-        places = sorted((p for p in self._places.values() if p.answers), key=lambda p: p.used_at, reverse=True)
-        return tuple(self.status(place, place.worker) for place in places if place.worker is not None)
+        workers = [(place, place.worker) for place in self._places.values() if place.worker and place.answers]
+        workers.sort(key=lambda item: (item[1].running > 0, item[0].used_at), reverse=True)  # in use: used now
+        return tuple(self.status(place, worker) for place, worker in workers)
 
     @staticmethod
     def status(place: Place, worker: Worker) -> LoadedStatus:

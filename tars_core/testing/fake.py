@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import msgspec
 
@@ -133,6 +134,22 @@ class Fork(msgspec.Struct, tag="fork", frozen=True):
     seconds: float
 
 
+class KillLater(msgspec.Struct, tag="kill_later", frozen=True):
+    """End this process by SIGKILL so many seconds from now; the script goes on."""
+
+    seconds: float
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """Start a program that runs for a minute, and write its process id into a file.
+
+    It stays in the process group, is in a ``session`` of its own, or has left its parents as a ``daemon`` does.
+    """
+
+    pid_file: str
+    kind: Literal["group", "session", "daemon"] = "group"
+
+
 Act: TypeAlias = (
     Say
     | Echo
@@ -149,6 +166,8 @@ Act: TypeAlias = (
     | Finish
     | Mark
     | Fork
+    | KillLater
+    | Start
 )
 
 
@@ -367,5 +386,12 @@ def _do(act: Act, cancel: CancelFlag) -> None:  # noqa: C901, PLR0912 - one case
             if os.fork() == 0:
                 time.sleep(seconds)
                 os._exit(0)
+        case KillLater(seconds=seconds):
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        case Start(pid_file=pid_file, kind=kind):
+            start = 'setsid sleep 60 & echo $! > "$0"' if kind == "daemon" else 'echo $$ > "$0"; exec sleep 60'
+            program = subprocess.Popen(["sh", "-c", start, pid_file], start_new_session=kind == "session")  # noqa: S603, S607
+            if kind == "daemon":
+                program.wait()
         case _:
             pass

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-import msgspec
-
 from tars_core.plugin import (
     BASIC_FEATURES,
     CancelFlag,
@@ -50,8 +48,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         )
     if path is None:
         return ProbeReport(available=True, device=device, features=FEATURES, deviations=_DEVIATIONS)
-    report = probe_gguf(path, device=device, overhead_bytes=_OVERHEAD_BYTES, preference=_PREFERENCE)
-    return msgspec.structs.replace(report, features=FEATURES)
+    return probe_gguf(path, device=device, overhead_bytes=_OVERHEAD_BYTES, preference=_PREFERENCE, features=FEATURES)
 
 
 def _built_for(runtime: importlib.metadata.Distribution) -> str:

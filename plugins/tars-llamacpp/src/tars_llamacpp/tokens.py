@@ -8,10 +8,9 @@ from functools import cached_property
 
 import llama_cpp
 
-from tars_core.plugin import ContextLengthExceeded, Utf8Assembler
+from tars_core.plugin import ContextLengthExceeded, Utf8Assembler, least_tokens
 
 _LONGEST_PIECE = 256
-_LONG_BYTES = 2**20
 
 
 class Vocabulary:
@@ -31,7 +30,7 @@ class Vocabulary:
         takes 8 s and 1.2 GB for 32 MiB.
         """
         data = text.encode()
-        count = len(data) // self._longest if len(data) > _LONG_BYTES else 0
+        count = least_tokens(text, self._longest)
         if count < context_length:
             tokens, count = self._tokens(data, context_length)
         if count >= context_length:

@@ -12,9 +12,10 @@ from tars_core.plugin import (
     LoadFailed,
     ModelNotFound,
     OutOfMemory,
+    Overloaded,
     RequestError,
+    TarsError,
 )
-from tars_core.types.errors import Overloaded, TarsError
 
 _WORDS = 300
 _MEMORY = ("out of memory", "signal: killed", "more system memory", "cudamalloc failed", "unable to allocate")

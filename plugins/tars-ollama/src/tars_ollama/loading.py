@@ -11,8 +11,15 @@ from typing import TypeVar
 
 import msgspec
 
-from tars_core.kit.templates import ChatTemplate
-from tars_core.plugin import GenerationFailed, GGUFHeader, LoadFailed, LoadOptions, ModelNotFound, OutOfMemory
+from tars_core.plugin import (
+    ChatTemplate,
+    GenerationFailed,
+    GGUFHeader,
+    LoadFailed,
+    LoadOptions,
+    ModelNotFound,
+    OutOfMemory,
+)
 from tars_ollama import store, wire
 from tars_ollama.client import Client, mapped
 from tars_ollama.failures import Fault, told

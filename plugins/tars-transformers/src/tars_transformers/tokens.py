@@ -10,10 +10,9 @@ from typing import Any
 import tokenizers
 import tokenizers.decoders
 
-from tars_core.plugin import Utf8Assembler
+from tars_core.plugin import Utf8Assembler, least_tokens
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_LONG_BYTES = 2**20
 
 
 class Vocabulary:
@@ -45,8 +44,7 @@ class Vocabulary:
 
         Ten megabytes without a space take half a minute to tokenise.
         """
-        size = len(text.encode())
-        return size // self._longest if size > _LONG_BYTES else 0
+        return least_tokens(text, self._longest)
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function that gives the text which each next token of an answer completes."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from tars_core.plugin import (
     BASIC_FEATURES,
     CancelFlag,
@@ -29,7 +27,10 @@ _OVERHEAD_BYTES = 100 * 2**20  # measured: 55 MB of runtime, and compute buffers
 _PREFERENCE = 60  # prebuilt and fast; a build made for this machine (llama-cpp-python) is faster
 FEATURES = BASIC_FEATURES | {"token_ids"}
 
-_DEVIATIONS = ("a character of several tokens comes without their ids",)
+_DEVIATIONS = (
+    "a character of several tokens comes without their ids",
+    "of a prompt beyond 1 MB that cannot fit, only the least number of its tokens is told",
+)
 
 
 @hookimpl
@@ -47,8 +48,7 @@ def tars_probe(model: ModelRef | None, limits: ProbeLimits) -> ProbeReport | Non
         )
     if path is None:
         return ProbeReport(available=True, device="cpu", features=FEATURES, deviations=_DEVIATIONS)
-    report = probe_gguf(path, device="cpu", overhead_bytes=_OVERHEAD_BYTES, preference=_PREFERENCE)
-    return msgspec.structs.replace(report, features=FEATURES)
+    return probe_gguf(path, device="cpu", overhead_bytes=_OVERHEAD_BYTES, preference=_PREFERENCE, features=FEATURES)
 
 
 @hookimpl
