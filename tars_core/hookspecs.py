@@ -86,6 +86,9 @@ class LoadedModel:
         What it can do, as a fact; the names are those of :data:`~tars_core.types.features.FEATURES`. With
         ``renders_chat`` the backend puts messages into the model's form itself, with a template that cannot be handed
         out: ``request.messages`` is filled then, and ``request.prompt`` empty, unless the caller gave a raw prompt.
+    longest_token
+        Bytes that one token stands for at most, where that is known: the core refuses by it, at once, a prompt of
+        megabytes that cannot fit.
     adds_bos
         Whether its tokenizer puts a BOS token in front of every text.
     context_shrunk
@@ -104,6 +107,7 @@ class LoadedModel:
         bos_token: str = "",
         eos_token: str = "",
         adds_bos: bool = False,
+        longest_token: int | None = None,
         context_shrunk: bool = False,
     ) -> None:
         self.device = device
@@ -114,12 +118,14 @@ class LoadedModel:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.adds_bos = adds_bos
+        self.longest_token = longest_token
         self.context_shrunk = context_shrunk
 
     def tokenize(self, text: str) -> Sequence[int]:
-        """Return the tokens of a prompt, as generation would read it. Called from any thread.
+        """Return the tokens of a prompt, as generation would read it. Called from any thread, several at once.
 
-        Only with the feature ``tokenize``.
+        Only with the feature ``tokenize``. The core then counts each prompt, refuses one that leaves no room for an
+        answer, bounds ``max_tokens`` by the room there is, and hands the tokens over in ``request.tokens``.
         """
         raise NotImplementedError
 
@@ -221,8 +227,9 @@ class TarsSpec:
         """Answer ``request``: ``Progress`` and ``TextDelta`` in any number, then exactly one ``Finished``.
 
         Every value of ``request.sampling`` is to be honoured as its docstring says, stop strings included: the
-        text ends before the first of them (``tars_core.plugin.StopFilter`` helps). A prompt that does not fit is
-        refused with :class:`~tars_core.types.errors.ContextLengthExceeded` before decoding; nothing is truncated.
+        text ends before the first of them (``tars_core.plugin.Answer`` helps). A prompt that does not fit is refused
+        with :class:`~tars_core.types.errors.ContextLengthExceeded` before decoding, by the core where the model can
+        ``tokenize``; nothing is truncated.
 
         Once ``cancel`` is set, stop within a token and finish with ``finish_reason="cancelled"``.
         Called from several threads at once if ``loaded.concurrency`` is above 1.

@@ -101,6 +101,8 @@ class GenerateRequest(Public, frozen=True, kw_only=True):
     """
 
     prompt: str = ""
+    tokens: tuple[int, ...] = ()
+    """The prompt's tokens, where the model can ``tokenize``; the core has seen that they fit."""
     messages: tuple[Message, ...] = ()
     literal: tuple[tuple[int, int], ...] = ()
     """Ranges of ``prompt``, in characters, that are users' text: control tokens in them are only text."""

@@ -42,6 +42,7 @@ else:
 
 OnProgress: TypeAlias = Callable[[float, str], None]
 OnEnd: TypeAlias = Callable[["Worker"], None]
+OnIdle: TypeAlias = Callable[[], None]
 R = TypeVar("R", Rendered, Tokens, Embedded)
 
 _CANCEL_GRACE_S = 5.0
@@ -98,12 +99,13 @@ class Request:
 class Worker:
     """One loaded model. Not reused after it ended: :attr:`dead` then holds why."""
 
-    def __init__(self, plugin: str, on_end: OnEnd | None = None) -> None:
+    def __init__(self, plugin: str, on_end: OnEnd | None = None, on_idle: OnIdle | None = None) -> None:
         self.plugin = plugin
         self.serial = next(_serials)
         self.dead: BackendError | None = None
         self.loaded: Loaded | None = None
         self._on_end = on_end
+        self._on_idle = on_idle
         self._channel: Channel | None = None
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count(1)
@@ -286,6 +288,8 @@ class Worker:
         del self._requests[request.id]
         if request.takes_place and self._slots is not None:
             self._slots.release()
+        if self._on_idle is not None and self.idle:  # its caller may have left before
+            self._on_idle()
 
     def _settle(self, outcome: Loaded | TarsError) -> None:
         if self._outcome is None or self._outcome.done():

@@ -14,6 +14,7 @@ import pluggy
 
 from tars_core.hookspecs import LoadedModel
 from tars_core.kit.templates import ChatTemplate, render_plain
+from tars_core.kit.text import least_tokens
 from tars_core.types.errors import (
     ContextLengthExceeded,
     ContextShrunk,
@@ -82,20 +83,37 @@ class Requests:
 
     def prepare(self, asked: GenerateRequest) -> GenerateRequest:
         """Return the request as the backend gets it: messages rendered, a seed drawn, the stop strings complete."""
-        rendered_there = "renders_chat" in self.loaded.features
+        rendered_there = bool(asked.messages) and "renders_chat" in self.loaded.features
         raw = not asked.messages or (self._template is None and not rendered_there)
+        prompt = self._rendered(asked.messages) if asked.messages and not rendered_there else asked.prompt
+        tokens = () if rendered_there else self._tokens(prompt)
         sampling = asked.sampling
         return msgspec.structs.replace(
             asked,
-            prompt=self._rendered(asked.messages) if asked.messages and not rendered_there else asked.prompt,
+            prompt=prompt,
+            tokens=tokens,
             messages=asked.messages if rendered_there else (),
             sampling=msgspec.structs.replace(
                 sampling,
-                max_tokens=min(sampling.max_tokens, self.loaded.context_length),
+                max_tokens=min(sampling.max_tokens, self.loaded.context_length - len(tokens)),
                 seed=random.getrandbits(32) if sampling.seed is None else sampling.seed,
                 stop=tuple(dict.fromkeys((*sampling.stop, *(RAW_STOP if raw else ())))),
             ),
         )
+
+    def _tokens(self, prompt: str) -> tuple[int, ...]:
+        """Return the prompt's tokens where the model tells them. Raises where no room is left for an answer."""
+        context = self.loaded.context_length
+        tokens: tuple[int, ...] = ()
+        count = least_tokens(prompt, self.loaded.longest_token) if self.loaded.longest_token else 0
+        if count < context and "tokenize" in self.loaded.features:
+            tokens = tuple(self.loaded.tokenize(prompt))
+            count = len(tokens)
+            if not count:
+                raise GenerationFailed("the prompt has no tokens in this model's vocabulary")
+        if count >= context:
+            raise ContextLengthExceeded(prompt_tokens=count, context_length=context)
+        return tokens
 
     def _rendered(self, messages: Sequence[Message]) -> str:
         return self._template.render(messages) if self._template is not None else render_plain(messages)

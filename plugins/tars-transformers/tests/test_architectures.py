@@ -65,7 +65,7 @@ def test_each_token_is_the_one_that_the_whole_text_asks_for(
     network, loaded = _save(tmp_path, config), _load(tmp_path)
     monkeypatch.setattr(loaded, "_ends", frozenset())
     greedy = SamplingParams(temperature=0, repeat_penalty=1.0, max_tokens=30)
-    request = GenerateRequest(prompt=PROMPT, sampling=greedy)
+    request = GenerateRequest(prompt=PROMPT, tokens=tuple(loaded.tokenize(PROMPT)), sampling=greedy)
     events = plugin.tars_generate(loaded=loaded, request=request, cancel=threading.Event())
     got = [token for event in events if isinstance(event, TextDelta) for token in event.token_ids]
     text = loaded._vocabulary.tokenize(PROMPT)

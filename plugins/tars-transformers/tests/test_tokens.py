@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tars_demo_model
-from tars_core.plugin import Answer, SamplingParams, TextDelta
+from tars_core.plugin import Answer, GenerateRequest, SamplingParams, TextDelta, least_tokens
 from tars_transformers.tokens import Vocabulary
 
 UNKNOWN = "<unk>"
@@ -52,7 +52,8 @@ def test_a_character_cut_by_max_tokens_is_dropped(text: str) -> None:
     vocabulary = Vocabulary(_demo())
     tokens = vocabulary.tokenize(text)
     for limit in range(1, len(tokens) + 1):
-        answer = Answer(vocabulary.decoder(), SamplingParams(), prompt_tokens=1, limit=limit)
+        request = GenerateRequest(tokens=(1,), sampling=SamplingParams(max_tokens=limit))
+        answer = Answer(vocabulary.decoder(), request)
         events = [event for token in tokens[:limit] for event in answer.push(token, ends=False)]
         shown = "".join(event.text for event in events if isinstance(event, TextDelta))
         assert answer.finished
@@ -112,8 +113,7 @@ def test_a_long_text_is_tokenised_beside_other_threads() -> None:
     assert longest < (before - began) / 2, "it holds the GIL all the time"
 
 
-def test_only_a_very_long_text_is_estimated_and_never_above_its_count() -> None:
+def test_a_very_long_text_is_not_estimated_above_its_count() -> None:
     vocabulary = Vocabulary(_demo())
     long = "TARS " * 300_000
-    assert vocabulary.at_least("TARS " * 1000) == 0
-    assert 0 < vocabulary.at_least(long) <= len(vocabulary.tokenize(long))
+    assert 0 < least_tokens(long, vocabulary.longest) <= len(vocabulary.tokenize(long))

@@ -13,7 +13,6 @@ from tars_core.plugin import (
     LoadedModel,
     Progress,
     Report,
-    SamplingParams,
 )
 from tars_llamacpp import log
 from tars_llamacpp.cache import Cache, Slot
@@ -23,13 +22,6 @@ from tars_llamacpp.sampling import Sampler
 from tars_llamacpp.tokens import Vocabulary
 
 _NO_ROOM = 1
-
-
-class Prepared(NamedTuple):
-    """A request whose prompt fits the context."""
-
-    prompt: list[int]
-    sampling: SamplingParams
 
 
 class _Sequence:
@@ -90,6 +82,7 @@ class LoopedModel(LoadedModel):
         piece: int,
         divisible: bool,
     ) -> None:
+        vocabulary = Vocabulary(context.vocab)
         super().__init__(
             device=device,
             context_length=context_length,
@@ -99,10 +92,11 @@ class LoopedModel(LoadedModel):
             bos_token=header.bos_token,
             eos_token=header.eos_token,
             adds_bos=header.adds_bos,
+            longest_token=vocabulary.longest,
             context_shrunk=context_shrunk,
         )
         self._context = context
-        self._vocabulary = Vocabulary(context.vocab)
+        self._vocabulary = vocabulary
         self._cache = Cache(context, slots, piece=piece, divisible=divisible)
         self._piece = piece
         self._sequences: list[_Sequence] = []  # the oldest first
@@ -111,30 +105,21 @@ class LoopedModel(LoadedModel):
         """Return the tokens of ``text``."""
         return self._vocabulary.tokenize(text)
 
-    def prepare(self, request: GenerateRequest) -> Prepared:
-        """Tokenise the prompt. Of the model, this uses the vocabulary alone, which never changes."""
-        prompt = self._vocabulary.prompt(request.prompt, self.context_length)
-        if not prompt:
-            raise GenerationFailed("the prompt has no tokens in this model's vocabulary")
-        return Prepared(prompt, request.sampling)
+    def prepare(self, request: GenerateRequest) -> GenerateRequest:
+        """Return the request: the core has tokenised the prompt."""
+        return request
 
-    def submit(self, request_id: int, prepared: Prepared) -> None:
+    def submit(self, request_id: int, prepared: GenerateRequest) -> None:
         """Queue the request."""
-        prompt, sampling = prepared
-        answer = Answer(
-            self._vocabulary.decoder(),
-            sampling,
-            prompt_tokens=len(prompt),
-            limit=min(self.context_length - len(prompt), sampling.max_tokens),
-        )
-        sampler = Sampler(self._vocabulary, sampling, prompt)
-        self._sequences.append(_Sequence(request_id, prompt, sampler, answer))
+        answer = Answer(self._vocabulary.decoder(), prepared)
+        sampler = Sampler(self._vocabulary, prepared.sampling, prepared.tokens)
+        self._sequences.append(_Sequence(request_id, list(prepared.tokens), sampler, answer))
 
     def step(self) -> Sequence[Report]:
         """Decode one batch and sample from it."""
         reported: list[Report] = []
         for sequence in [s for s in self._sequences if s.cancelled]:
-            reported.append((sequence.request_id, sequence.answer.finish("cancelled")))
+            reported += [(sequence.request_id, event) for event in sequence.answer.finish("cancelled")]
             self._end(sequence)
         step = self._plan()
         if not step.rows or not self._decode(step.rows, reported):

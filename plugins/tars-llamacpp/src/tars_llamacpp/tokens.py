@@ -8,9 +8,10 @@ from functools import cached_property
 
 import llama_cpp
 
-from tars_core.plugin import ContextLengthExceeded, Utf8Assembler, least_tokens
+from tars_core.plugin import Utf8Assembler
 
 _LONGEST_PIECE = 256
+_SPARE_TOKENS = 16  # BOS, EOS, and the space some vocabularies put in front
 
 
 class Vocabulary:
@@ -21,37 +22,21 @@ class Vocabulary:
         self._pieces: dict[int, bytes] = {}
         self._buffer = ctypes.create_string_buffer(_LONGEST_PIECE)
         self.size: int = llama_cpp.llama_vocab_n_tokens(vocab)
-        self._longest = max(map(self._size, range(self.size)), default=0) or 1
-
-    def prompt(self, text: str, context_length: int) -> list[int]:
-        """Return the tokens of ``text``. Raises ``ContextLengthExceeded`` where no room is left for an answer.
-
-        A text beyond 1 MiB is refused by the least number of tokens it can have, where that is too many: llama.cpp
-        takes 8 s and 1.2 GB for 32 MiB.
-        """
-        data = text.encode()
-        count = least_tokens(text, self._longest)
-        if count < context_length:
-            tokens, count = self._tokens(data, context_length)
-        if count >= context_length:
-            raise ContextLengthExceeded(prompt_tokens=count, context_length=context_length)
-        return tokens[:count]
+        self.longest: int = max(map(self._size, range(self.size)), default=0) or 1
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of ``text``, however many."""
-        data = text.encode()
-        _, count = self._tokens(data, 0)
-        tokens, count = self._tokens(data, count)
-        return tokens[:count]
+        """Return the tokens of ``text``, special tokens recognised, BOS and EOS where the model wants them.
 
-    def _tokens(self, data: bytes, room: int) -> tuple[ctypes.Array[ctypes.c_int32], int]:
-        """Return the tokens and how many there are, special tokens recognised, BOS and EOS where the model wants them.
-
-        There are none where ``room`` is too small. The other threads run meanwhile: ctypes releases the GIL.
+        The other threads run meanwhile: ctypes releases the GIL.
         """
-        tokens = (ctypes.c_int32 * room)()
-        count = llama_cpp.llama_tokenize(self.native, data, len(data), tokens, room, True, True)  # noqa: FBT003 - C
-        return tokens, abs(count)
+        data = text.encode()
+        room = len(data) + _SPARE_TOKENS
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = llama_cpp.llama_tokenize(self.native, data, len(data), tokens, room, True, True)  # noqa: FBT003 - C
+            if count >= 0:
+                return tokens[:count]
+            room = -count
 
     def _size(self, token: int) -> int:
         """Return how many bytes a token stands for: 0.6 µs, without room to write them to."""
@@ -64,10 +49,10 @@ class Vocabulary:
         return lambda token: utf8.push(self.piece(token))
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes of ``token``; none for a control token."""
+        """Return the bytes of ``token``; none for a control token, or one that ends the generation."""
         piece = self._pieces.get(token)
         if piece is None:
-            piece = self._pieces[token] = self._render(token)
+            piece = self._pieces[token] = b"" if self.ends(token) else self._render(token)
         return piece
 
     def _render(self, token: int) -> bytes:

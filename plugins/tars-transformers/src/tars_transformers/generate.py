@@ -13,7 +13,6 @@ from tars_core.plugin import (
     Answer,
     BackendEvent,
     CancelFlag,
-    ContextLengthExceeded,
     GenerateRequest,
     GenerationFailed,
     LoadedModel,
@@ -90,6 +89,7 @@ class TransformersModel(LoadedModel):
             bos_token=bos_token,
             eos_token=eos_token,
             adds_bos=bool(vocabulary.prefix),
+            longest_token=vocabulary.longest,
         )
         self._network = network
         self._vocabulary = vocabulary
@@ -102,14 +102,10 @@ class TransformersModel(LoadedModel):
     def generate(self, request: GenerateRequest, cancel: CancelFlag) -> Iterator[BackendEvent]:
         """Answer ``request``; see ``tars_generate``."""
         sampling = request.sampling
-        tokens = self._prompt(request.prompt)
+        tokens = list(request.tokens)
         prompt_tokens = len(tokens)
-        answer = Answer(
-            self._vocabulary.decoder(),
-            sampling,
-            prompt_tokens=prompt_tokens,
-            limit=min(self.context_length - prompt_tokens, sampling.max_tokens),
-        )
+        decode, ends = self._vocabulary.decoder(), self._ends
+        answer = Answer(lambda token: "" if token in ends else decode(token), request)
         generator = torch.Generator().manual_seed(engine_seed(sampling.seed))
         cache = self._network.new_cache()
         a_step = _PROMPT_TOKENS_A_STEP if self._network.divisible else prompt_tokens
@@ -117,7 +113,7 @@ class TransformersModel(LoadedModel):
         try:
             while not answer.finished:
                 if cancel.is_set():
-                    yield answer.finish("cancelled")
+                    yield from answer.finish("cancelled")
                     return
                 read = tokens[done : done + a_step]
                 logits = self._network.forward(read, cache)
@@ -127,22 +123,12 @@ class TransformersModel(LoadedModel):
                     continue
                 token = choose(logits, tokens, sampling, generator)
                 tokens.append(token)
-                yield from answer.push(token, ends=token in self._ends)
+                yield from answer.push(token, ends=token in ends)
         except torch.OutOfMemoryError as error:
             raise GenerationFailed(
                 f"{self.device} has no memory left after {done} tokens: {error}",
                 hint="use a smaller context_length, or device=cpu",
             ) from error
-
-    def _prompt(self, text: str) -> list[int]:
-        if (count := self._vocabulary.at_least(text)) >= self.context_length:
-            raise ContextLengthExceeded(prompt_tokens=count, context_length=self.context_length)
-        tokens = self._vocabulary.tokenize(text)
-        if len(tokens) >= self.context_length:
-            raise ContextLengthExceeded(prompt_tokens=len(tokens), context_length=self.context_length)
-        if not tokens:
-            raise GenerationFailed("the prompt has no tokens in this model's vocabulary")
-        return tokens
 
     def close(self) -> None:
         """Free the memory."""

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 import tokenizers.decoders
 
-from tars_core.plugin import Utf8Assembler, least_tokens
+from tars_core.plugin import Utf8Assembler
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -29,7 +29,7 @@ class Vocabulary:
         self.special = {text.content: token for token, text in added.items() if text.special}
         self._added = {token: b"" if text.special else text.content.encode() for token, text in added.items()}
         self._to_bytes = _byte_decoder(native)
-        self._longest = max((len(text.encode()) for text in native.get_vocab()), default=1)
+        self.longest: int = max((len(text.encode()) for text in native.get_vocab()), default=1)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of ``text``, special tokens recognised.
@@ -38,13 +38,6 @@ class Vocabulary:
         """
         (encoded,) = self._native.encode_batch_fast([text], add_special_tokens=False)
         return [*self.prefix, *encoded.ids]
-
-    def at_least(self, text: str) -> int:
-        """Return how many tokens a very long text has at the least; 0 where counting them is quick anyway.
-
-        Ten megabytes without a space take half a minute to tokenise.
-        """
-        return least_tokens(text, self._longest)
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function that gives the text which each next token of an answer completes."""

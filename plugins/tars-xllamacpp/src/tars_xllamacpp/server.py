@@ -38,7 +38,6 @@ from tars_core.plugin import (
     Usage,
     engine_seed,
     fitting_context,
-    least_tokens,
     read_gguf_header,
 )
 from tars_xllamacpp.plugin import FEATURES
@@ -112,10 +111,10 @@ class ServedModel(LoadedModel):
             bos_token=header.bos_token,
             eos_token=header.eos_token,
             adds_bos=header.adds_bos,
+            longest_token=header.longest_token,
             context_shrunk=shrunk,
         )
         self._server = server
-        self._longest_token = header.longest_token
         self._reports = Reports()
         self._cancelled: dict[int, threading.Event] = {}
 
@@ -138,11 +137,8 @@ class ServedModel(LoadedModel):
     def prepare(self, request: GenerateRequest) -> bytes:
         """Write what the engine is asked, which tokenises it without the GIL.
 
-        As JSON: a dict with a prompt of 32 Mi characters holds the GIL for 73 ms at a time, this for 20. The engine
-        would take 16 s to refuse such a prompt.
+        As JSON: a dict with a prompt of 32 Mi characters holds the GIL for 73 ms at a time, this for 20.
         """
-        if (count := least_tokens(request.prompt, self._longest_token)) >= self.context_length:
-            raise ContextLengthExceeded(prompt_tokens=count, context_length=self.context_length)
         return msgspec.json.encode(_body(request))
 
     def submit(self, request_id: int, prepared: bytes) -> None:
