@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 
 import pluggy
 
+from tars_core.models.gguf import GGUFHeader
 from tars_core.system import processors
 from tars_core.types.events import BackendEvent
 from tars_core.types.models import ModelRef, OfferedModel
@@ -80,6 +81,8 @@ class LoadedModel:
         Tokens one request can use, prompt and answer together.
     concurrency
         Requests it runs at once; the engine never hands it more.
+    header
+        A GGUF file's, which states what follows.
     chat_template, bos_token, eos_token
         The model's own jinja template and the texts of the two tokens; no template: prompts stay plain text.
     features
@@ -103,22 +106,23 @@ class LoadedModel:
         context_length: int,
         concurrency: int = 1,
         features: frozenset[str] = BASIC_FEATURES,
+        header: GGUFHeader | None = None,
         chat_template: str | None = None,
-        bos_token: str = "",
-        eos_token: str = "",
-        adds_bos: bool = False,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        adds_bos: bool | None = None,
         longest_token: int | None = None,
         context_shrunk: bool = False,
     ) -> None:
         self.device = device
         self.context_length = context_length
         self.concurrency = concurrency
-        self.chat_template = chat_template
         self.features = features
-        self.bos_token = bos_token
-        self.eos_token = eos_token
-        self.adds_bos = adds_bos
-        self.longest_token = longest_token
+        self.chat_template = chat_template or (header.chat_template if header else None)
+        self.bos_token = bos_token or (header.bos_token if header else "")
+        self.eos_token = eos_token or (header.eos_token if header else "")
+        self.adds_bos = (header.adds_bos if header else False) if adds_bos is None else adds_bos
+        self.longest_token = longest_token or (header.longest_token if header else None)
         self.context_shrunk = context_shrunk
 
     def tokenize(self, text: str) -> Sequence[int]:

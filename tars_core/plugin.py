@@ -14,11 +14,15 @@ from tars_core.hookspecs import (
     ProgressCallback,
     hookimpl,
 )
-from tars_core.kit.answer import Answer
+from tars_core.kit.answer import Answer, say
+from tars_core.kit.batching import InterleavedModel
+from tars_core.kit.memory import is_out_of_memory
+from tars_core.kit.probing import probe_file
 from tars_core.kit.reports import Report, Reports
+from tars_core.kit.sampling import GREEDY_BELOW, PENALTY_WINDOW, Sampler
 from tars_core.kit.seeds import engine_seed
 from tars_core.kit.text import StopFilter, Utf8Assembler, least_tokens
-from tars_core.models.fit import SMALLEST_CONTEXT, fitting_context
+from tars_core.models.fit import DEFAULT_CONTEXT, SMALLEST_CONTEXT, fitting_context
 from tars_core.models.gguf import GGUFHeader, is_gguf
 from tars_core.models.gguf import probe as probe_gguf
 from tars_core.models.gguf import read_header as read_gguf_header
@@ -45,6 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASIC_FEATURES",
+    "DEFAULT_CONTEXT",
+    "GREEDY_BELOW",
+    "PENALTY_WINDOW",
     "SMALLEST_CONTEXT",
     "Answer",
     "BackendEvent",
@@ -61,6 +68,7 @@ __all__ = [
     "GenerateRequest",
     "GenerationFailed",
     "Image",
+    "InterleavedModel",
     "LoadFailed",
     "LoadOptions",
     "LoadedModel",
@@ -79,6 +87,7 @@ __all__ = [
     "Reports",
     "RequestError",
     "Resume",
+    "Sampler",
     "SamplingParams",
     "StopFilter",
     "TarsError",
@@ -96,9 +105,12 @@ __all__ = [
     "fitting_context",
     "hookimpl",
     "is_gguf",
+    "is_out_of_memory",
     "least_tokens",
+    "probe_file",
     "probe_gguf",
     "read_gguf_header",
+    "say",
 ]
 
 

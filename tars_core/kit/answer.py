@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+from tars_core.hookspecs import CancelFlag
 from tars_core.kit.text import StopFilter
 from tars_core.types.events import BackendEvent, BackendFinished, TextDelta
 from tars_core.types.request import GenerateRequest
@@ -34,10 +35,18 @@ class Answer:
 
     def push(self, token: int, *, ends: bool = False) -> list[BackendEvent]:
         """Add a token, which ``ends`` the answer or not; return what it brings, the last event too where it ends."""
+        return self._add(self._text_of(token), ends=ends)
+
+    def push_text(self, text: str) -> list[BackendEvent]:
+        """Add a token that has no id."""
+        self._decoded += len(text)
+        return self._add(text, ends=False)
+
+    def _add(self, text: str, *, ends: bool) -> list[BackendEvent]:
         self._last = time.monotonic()
         self._first = self._first or self._last
         self._count += 1
-        text = self._stop.push(self._text_of(token))
+        text = self._stop.push(text)
         if ends or self._stop.stopped:
             return self.finish("stop", text)
         if self._count >= self._limit:
@@ -71,3 +80,21 @@ class Answer:
         while self._hidden and self._hidden[0][1] <= self._shown:
             tokens.append(self._hidden.popleft()[0])
         return tuple(tokens)
+
+
+def say(
+    tokens: Iterable[str], request: GenerateRequest, cancel: CancelFlag, *, prompt_tokens: int | None = None
+) -> Iterator[BackendEvent]:
+    """Yield the events of an answer whose tokens are texts, such as words; its end is the end of ``tokens``.
+
+    It is stopped, bounded and counted as the contract says. ``prompt_tokens`` as for :class:`Answer`.
+    """
+    answer = Answer(lambda _: "", request, prompt_tokens=prompt_tokens)
+    for token in tokens:
+        if cancel.is_set():
+            yield from answer.finish("cancelled")
+            return
+        yield from answer.push_text(token)
+        if answer.finished:
+            return
+    yield from answer.finish("cancelled" if cancel.is_set() else "stop")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tars_core.models.gguf import GGUFHeader
 from tars_core.system import memory
 
+DEFAULT_CONTEXT = 8192
+"""Tokens of context where the user named none, unless the model was trained for fewer."""
 SMALLEST_CONTEXT = 512
 """Tokens; with fewer a model is of no use."""
 

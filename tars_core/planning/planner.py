@@ -49,6 +49,7 @@ class Planner:
         self._registry: registry.Registry | None = None
         self._own_settings: dict[str, str | TarsError] = {}
         self._last_good: dict[ranking.Key, ProbeReport] = {}
+        self._last_found: dict[str | None, ResolvedModel] = {}
         self._limits = ProbeLimits(deadline_s=settings.limits.probe_s)
 
     def models(self) -> tuple[OfferedModel, ...]:
@@ -85,15 +86,16 @@ class Planner:
         from tars_core.config import checks  # noqa: PLC0415 - imports pydantic
 
         for name, model in found.settings_models(unknown, self._limits).items():
-            if isinstance(model, Late):
-                self._own_settings[name] = LoadFailed(f"its settings cannot be checked: tars_settings: {model}")
-            elif isinstance(model, BaseException):
-                found.put_aside(name, f"tars_settings: {told(model)}")
-            else:
-                try:
-                    self._own_settings[name] = checks.own_settings(name, model, self._settings)
-                except ConfigError as error:
-                    self._own_settings[name] = error
+            own = model
+            if not isinstance(model, Late | BaseException):  # its validators are the plugin's code as well
+                check = partial(checks.own_settings, name, model, self._settings)
+                own = found.ask(f"settings of {name}", check, self._limits)
+            if isinstance(own, Late):
+                self._own_settings[name] = LoadFailed(f"its settings cannot be checked: tars_settings: {own}")
+            elif isinstance(own, str | ConfigError):
+                self._own_settings[name] = own
+            elif isinstance(own, BaseException):
+                found.put_aside(name, f"tars_settings: {told(own)}")
 
     def plugin(self, name: str) -> tuple[str | None, object]:
         """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself.
@@ -148,7 +150,7 @@ class Planner:
         if wrong := next((e for e in self._own_settings.values() if isinstance(e, ConfigError)), None):
             raise wrong
         self._check_python(found, backends)
-        model = self._resolved(found, wanted if wanted is not None else self._settings.model)
+        model = self._resolved(found, wanted if wanted is not None else self._settings.model, in_memory)
         questions = [(b, ref) for ref in model.refs for b in backends if isinstance(self._own_settings.get(b, ""), str)]
         reports, late = self._reports(found, questions, in_memory)
         reports = {key: _vouched(report, model.weights_ids.get(key[1])) for key, report in reports.items()}
@@ -169,15 +171,22 @@ class Planner:
         if installed and self._settings.isolation == "process" and self._settings.python is None:
             processes.interpreter()
 
-    def _resolved(self, found: registry.Registry, wanted: str | None) -> ResolvedModel:
-        """Return the model's forms; a look at a file on a dead mount may take for ever."""
+    def _resolved(self, found: registry.Registry, wanted: str | None, in_memory: InMemory) -> ResolvedModel:
+        """Return the model's forms; a look at a file on a dead mount may take for ever.
+
+        Of one that is loaded and answers, they are those that were found last.
+        """
         offered = found.offered_models(self._limits, self._given_settings)
         look = partial(resolve, wanted, aliases=self._settings.models, offered=offered)
         answer = found.ask(f"resolve {wanted}", look, self._limits)
-        if isinstance(answer, ResolvedModel):
-            return answer
         if isinstance(answer, BaseException):
             raise answer
+        if isinstance(answer, ResolvedModel):
+            self._last_found[wanted] = answer
+            return answer
+        last = self._last_found.get(wanted)
+        if last is not None and any(model in last.refs for _, model in in_memory.answering):
+            return last
         raise BackendUnavailable(
             f"{wanted} cannot be looked at", reasons={"the file system": str(answer)}, hint="is the disk mounted?"
         )

@@ -44,6 +44,8 @@ class Try:
         self._calls: dict[int, ToolCall] = {}
         self._logprobs: list[TokenLogprob] = []
         self._worker: Worker | None = None
+        self.displaces = True
+        """Whether another model may have to make room for this one."""
 
     @property
     def incident(self) -> int:
@@ -83,7 +85,7 @@ class Try:
     async def _load(self) -> Worker:
         began = time.monotonic()
         loaded_before = self._place.answers
-        worker = await self._bounded(self._pool.worker(self._place))
+        worker = await self._bounded(self._pool.worker(self._place, displaces=self.displaces))
         if not loaded_before:
             self._load_s = time.monotonic() - began
         return worker

@@ -6,6 +6,7 @@ Everything here runs on one loop, the private one of :mod:`.portal` or an applic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -26,6 +27,7 @@ from tars_core.runtime.failover import Attempts
 from tars_core.runtime.observers import Observers, Teller
 from tars_core.runtime.pool import Place, Pool
 from tars_core.types.errors import (
+    BackendUnavailable,
     DeadlineExceeded,
     EngineClosed,
     Overloaded,
@@ -50,7 +52,8 @@ else:
 _log = logging.getLogger("tars_core.engine")
 
 _LEAST = GenerateRequest(prompt="Hi", sampling=SamplingParams(temperature=0, max_tokens=1))
-"""What a backend is tried with after a pause."""
+"""What a backend is tried with after a pause; where it can only chat, the same as a message."""
+_LEAST_CHAT = msgspec.structs.replace(_LEAST, prompt="", messages=(Message(role="user", content="Hi"),))
 
 T = TypeVar("T")
 
@@ -154,6 +157,8 @@ class Driver:
                 f"{self._answering} requests are running or waiting, max_queue is {self.settings.max_queue}",
                 hint="try again in a moment, or raise max_queue",
             )
+        if self._closed:
+            raise EngineClosed
         number, began = next(self._ids), time.monotonic()
         self._answering += 1
         self._tell(RequestStarted(request_id=number, model=model))
@@ -229,7 +234,7 @@ class Driver:
             except WorkerGoneError:
                 attempts.reconsider()
             except TarsError as error:
-                if isinstance(error, RequestError) and not attempts.text:
+                if isinstance(error, EngineClosed) or (isinstance(error, RequestError) and not attempts.text):
                     attempts.undecided()
                     raise
                 _log.info("%s failed: %s", candidate.backend, error)
@@ -292,8 +297,11 @@ class Driver:
         decision = Decision(model=name, candidates=(candidate,), rejected=())
 
         async def least(attempt: Try) -> Completion | Embeddings:
+            attempt.displaces = False
             if task == "generate":
-                return await attempt.run(_LEAST, lambda _: None, decision)
+                with contextlib.suppress(BackendUnavailable):  # it cannot continue raw text
+                    return await attempt.run(_LEAST, lambda _: None, decision)
+                return await attempt.run(_LEAST_CHAT, lambda _: None, decision)
             request = EmbedRequest(texts=("a",), query="a" if task == "rerank" else None)
             return await attempt.ask(frozenset(), lambda worker: worker.embed(request))
 

@@ -14,7 +14,7 @@ from tars_core.planning.planner import InMemory, Planner
 from tars_core.runtime.circuits import Circuits, Key
 from tars_core.runtime.observers import Teller
 from tars_core.system import memory
-from tars_core.types.errors import BackendError, LoadFailed, TarsError, WorkerDied
+from tars_core.types.errors import BackendError, BackendUnavailable, EngineClosed, LoadFailed, TarsError, WorkerDied
 from tars_core.types.failures import Failure
 from tars_core.types.models import ModelRef
 from tars_core.types.observed import LoadEnded, LoadProgressed, WorkerEnded, WorkerStarted
@@ -86,6 +86,7 @@ class Pool:
         self._places: dict[PlaceKey, Place] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._making_room = asyncio.Lock()
+        self._closed = False
         self._released = asyncio.Event()
 
     # ---- what is there -------------------------------------------------------------------------
@@ -144,25 +145,33 @@ class Pool:
         """Say whether it can be loaded, or is, without ending another."""
         return place.answers or self._fits(place)
 
-    async def worker(self, place: Place) -> Worker:
-        """Return the place's worker, loading it unless it lives; requests that come meanwhile share the load."""
+    async def worker(self, place: Place, *, displaces: bool = True) -> Worker:
+        """Return the place's worker, loading it unless it lives; requests that come meanwhile share the load.
+
+        Raises ``BackendUnavailable`` where another one would have to go for it and it may not displace any.
+        """
         if place.worker is not None and place.worker.answers:
             return place.worker
+        if self._closed:
+            raise EngineClosed
         if place.loading is None or place.loading.done():
-            place.loading = asyncio.ensure_future(self._load(place))
+            place.loading = asyncio.ensure_future(self._load(place, displaces=displaces))
             place.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         # Shielded: one caller who gives up must not end the load the others wait for.
         return await asyncio.shield(place.loading)
 
-    async def _load(self, place: Place) -> Worker:
+    async def _load(self, place: Place, *, displaces: bool) -> Worker:
         backend, model = place.key
         began = time.monotonic()
         failure: Failure | None = None
         try:
             async with self._making_room:
+                if not displaces and not self._fits(place):  # it did a moment ago
+                    reason = "there is no room for it beside what answers"
+                    raise BackendUnavailable(f"{backend} is not tried", reasons={backend: reason})
                 await self._make_room(place)
                 _reserved[place] = place.memory_bytes
-            worker = Worker(backend, on_end=lambda ended: self._died(place, ended))
+            worker = Worker(backend, on_end=lambda ended: self._died(place, ended), on_idle=lambda: self._freed(place))
             place.serial = worker.serial
             place.worker = await self._started(place, worker)
         except TarsError as error:
@@ -170,12 +179,13 @@ class Pool:
             raise
         finally:
             _reserved.pop(place, None)
+            self._released.set()
             self._tell(LoadProgressed(backend=backend, model=model, fraction=1.0))
             self._tell(LoadEnded(backend=backend, model=model, duration_s=time.monotonic() - began, failure=failure))
         _log.info("%s loaded: %s", backend, worker.loaded)
         self._tell(WorkerStarted(backend=backend, model=model, pid=worker.pid))
         place.used_at = time.monotonic()
-        self._released.set()
+        self._freed(place)  # all who asked for it may have left
         return worker
 
     async def _started(self, place: Place, worker: Worker) -> Worker:
@@ -240,7 +250,7 @@ class Pool:
             elif idle and idle[0].worker is not None:
                 _log.info("%s makes room for %s", idle[0].key, place.key)
                 self._end(idle[0], idle[0].worker)
-            elif loaded:
+            elif loaded or any(p in _reserved for p in self._places.values()):  # idle before long
                 self._released.clear()
                 await self._released.wait()
             else:
@@ -267,9 +277,13 @@ class Pool:
         """Note that a request needs the place no more."""
         place.waiting -= 1
         place.used_at = time.monotonic()
+        self._freed(place)
+
+    def _freed(self, place: Place) -> None:
+        """Do what an idle worker allows: after a request, or when the worker has stopped one whose caller left."""
         self._released.set()
         self._retire(place)
-        if (keep_s := self._settings.keep_alive) is not None:
+        if (keep_s := self._settings.keep_alive) is not None and place.idle:
             asyncio.get_running_loop().call_later(keep_s, self._expire, place, place.used_at)
 
     def _retire(self, place: Place) -> None:
@@ -305,7 +319,7 @@ class Pool:
         error = worker.dead
         now = time.monotonic()
         died = isinstance(error, WorkerDied)
-        if worker.loaded is not None:  # else its load fails, and that is counted there
+        if worker.loaded is not None and not worker.blameless:  # a load that fails is counted there
             self._circuits.failed(place.key, worker, now, incident=worker.serial, died=died)
         self._released.set()
         self._end(place, worker)
@@ -324,6 +338,7 @@ class Pool:
 
     async def close(self) -> None:
         """End every worker; return when they are gone."""
+        self._closed = True
         loading = [p.loading for p in self._places.values() if p.loading is not None and not p.loading.done()]
         for task in loading:
             task.cancel()

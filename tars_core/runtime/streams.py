@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from tars_core.runtime.attempt import Sink
 from tars_core.types.errors import EngineClosed
-from tars_core.types.events import ReasoningDelta, StreamEvent, TextDelta
+from tars_core.types.events import ReasoningDelta, StreamEvent, TextDelta, ToolCallDelta
 from tars_core.types.results import Completion
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ def _joined(one: StreamEvent, other: StreamEvent) -> StreamEvent | None:
             )
         case ReasoningDelta(), ReasoningDelta():
             return ReasoningDelta(text=one.text + other.text, token_ids=one.token_ids + other.token_ids)
+        case ToolCallDelta(index=index), ToolCallDelta() if other.index == index:
+            arguments = one.arguments + other.arguments
+            return ToolCallDelta(index=index, id=one.id or other.id, name=one.name or other.name, arguments=arguments)
     return None
 
 

@@ -103,6 +103,8 @@ class Worker:
         self.plugin = plugin
         self.serial = next(_serials)
         self.dead: BackendError | None = None
+        self.blameless = False
+        """It ended, and that says nothing about the backend."""
         self.loaded: Loaded | None = None
         self._on_end = on_end
         self._on_idle = on_idle
@@ -246,7 +248,7 @@ class Worker:
         if any(not other.cancelled for other in self._requests.values()):
             self._watch_cancel(request)
             return
-        self._closing = True  # one caller's cancel is no incident of the backend's
+        self.blameless = True  # one caller's cancel is no incident of the backend's
         self.kill(GenerationFailed(f"{self.plugin} did not stop within {_CANCEL_GRACE_S:g} s of a cancel"))
 
     def kill(self, reason: BackendError) -> None:

@@ -88,10 +88,7 @@ class LoopedModel(LoadedModel):
             context_length=context_length,
             concurrency=slots,
             features=FEATURES,
-            chat_template=header.chat_template,
-            bos_token=header.bos_token,
-            eos_token=header.eos_token,
-            adds_bos=header.adds_bos,
+            header=header,
             longest_token=vocabulary.longest,
             context_shrunk=context_shrunk,
         )

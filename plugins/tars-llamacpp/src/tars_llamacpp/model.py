@@ -10,6 +10,7 @@ from pathlib import Path
 import llama_cpp
 
 from tars_core.plugin import (
+    DEFAULT_CONTEXT,
     SMALLEST_CONTEXT,
     CancelFlag,
     LoadFailed,
@@ -17,13 +18,13 @@ from tars_core.plugin import (
     OutOfMemory,
     ProgressCallback,
     fitting_context,
+    is_out_of_memory,
     read_gguf_header,
 )
 from tars_llamacpp import log
 from tars_llamacpp.context import Context, Row
 from tars_llamacpp.loop import LoopedModel
 
-_DEFAULT_CONTEXT = 8192
 _PIECE = 64
 """Tokens of the prompts a step reads. Whoever decodes meanwhile, or cancels, waits for them: 0.3 s with a 135M model
 on one core. Fewer are slower to read: 64 at a time 191 tokens/s, 128 195, 32 135."""
@@ -32,7 +33,6 @@ _PROGRESS_STEP = 0.01
 _ALL_LAYERS = -1
 _CPU = "cpu"
 _GPU = "gpu"
-_OUT_OF_MEMORY = re.compile(r"out of memory|(failed|unable) to allocate|insufficient memory|bad_alloc", re.IGNORECASE)
 _USED_DEVICE = re.compile(r"using device (\S+)")
 
 
@@ -40,7 +40,7 @@ def load(path: Path, options: LoadOptions, progress: ProgressCallback, cancel: C
     """Load ``path``. Raises ``LoadFailed`` with llama.cpp's own words, or ``OutOfMemory``."""
     header = read_gguf_header(path)
     slots = min(options.concurrency, llama_cpp.llama_max_parallel_sequences())
-    wanted = options.context_length or min(header.context_length, _DEFAULT_CONTEXT)
+    wanted = options.context_length or min(header.context_length, DEFAULT_CONTEXT)
     fitting = fitting_context(header, wanted, slots)
     log.listen()
     llama_cpp.llama_backend_init()
@@ -140,7 +140,7 @@ def _used_device() -> str:
 def _failure(path: Path) -> LoadFailed:
     errors = log.errors()
     reason = errors[0] if errors else "no reason given"
-    if any(_OUT_OF_MEMORY.search(error) for error in errors):
+    if any(map(is_out_of_memory, errors)):
         return OutOfMemory(
             f"{path.name} does not fit the memory: {reason}", hint="use a smaller model, context or concurrency"
         )

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import llama_cpp
 
-from tars_core.plugin import SamplingParams, engine_seed
+from tars_core.plugin import GREEDY_BELOW, PENALTY_WINDOW, SamplingParams, engine_seed
 from tars_llamacpp.context import Context
 from tars_llamacpp.tokens import Vocabulary
 
-_PENALTY_WINDOW = 64
-_GREEDY_BELOW = 1e-6  # nothing but the likeliest token is left; from 1e-35 on the division overflows
 _OFF = 0.0
 _KEEP_ONE = 1
 
@@ -24,7 +22,7 @@ class Sampler:
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         for sampler in _samplers(vocabulary, sampling):
             llama_cpp.llama_sampler_chain_add(self._chain, sampler)
-        for token in prompt[-_PENALTY_WINDOW:]:
+        for token in prompt[-PENALTY_WINDOW:]:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
     def sample(self, context: Context, row: int) -> int:
@@ -43,8 +41,8 @@ def _samplers(vocabulary: Vocabulary, sampling: SamplingParams) -> Iterator[int]
             *[llama_cpp.llama_logit_bias(token, -math.inf) for token in never]
         )
         yield llama_cpp.llama_sampler_init_logit_bias(vocabulary.size, len(never), biases)
-    yield llama_cpp.llama_sampler_init_penalties(vocabulary.size, _PENALTY_WINDOW, sampling.repeat_penalty, _OFF, _OFF)
-    if sampling.temperature < _GREEDY_BELOW:
+    yield llama_cpp.llama_sampler_init_penalties(vocabulary.size, PENALTY_WINDOW, sampling.repeat_penalty, _OFF, _OFF)
+    if sampling.temperature < GREEDY_BELOW:
         yield llama_cpp.llama_sampler_init_greedy()
         return
     yield llama_cpp.llama_sampler_init_top_k(sampling.top_k)

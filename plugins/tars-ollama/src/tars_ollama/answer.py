@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from tars_core.plugin import (
+    PENALTY_WINDOW,
     BackendEvent,
     ContextLengthExceeded,
     Finished,
@@ -29,7 +30,6 @@ from tars_ollama.client import Client
 from tars_ollama.failures import Fault, told
 from tars_ollama.loading import Facts, patient
 
-_PENALTY_WINDOW = 64
 _NUM_KEEP = 4
 _TOKENS_BESIDE = 8  # a token stands for one byte at least, but BOS, EOS and the like for none
 _TOKENS_A_TURN = 32  # the marks around one; what else a template says, it says once
@@ -158,7 +158,7 @@ class Answer:
                 "min_p": sampling.min_p,
                 "typical_p": 1.0,
                 "repeat_penalty": sampling.repeat_penalty,
-                "repeat_last_n": _PENALTY_WINDOW,
+                "repeat_last_n": PENALTY_WINDOW,
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
                 "seed": engine_seed(sampling.seed),

@@ -15,10 +15,10 @@ from tars_core.plugin import (
     Overloaded,
     RequestError,
     TarsError,
+    is_out_of_memory,
 )
 
 _WORDS = 300
-_MEMORY = ("out of memory", "signal: killed", "more system memory", "cudamalloc failed", "unable to allocate")
 _OVERFLOW = ("longer than the context length", "exceeds the context length", "exceeds maximum context length")
 # 500, and yet the request is at fault: no other backend would take it either.
 _CALLERS_500 = ('option "', "invalid format:")
@@ -65,7 +65,7 @@ class Fault(Exception):
 
     @property
     def _memory(self) -> bool:
-        return any(words in self.message.lower() for words in _MEMORY)
+        return is_out_of_memory(self.message)
 
     def to_error(  # noqa: PLR0911 - one return for each meaning
         self, model: str, *, loading: bool = False, context_length: int = 0

@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from tars_core.plugin import (
+    DEFAULT_CONTEXT,
     ChatTemplate,
     GenerationFailed,
     GGUFHeader,
@@ -25,7 +26,6 @@ from tars_ollama.client import Client, mapped
 from tars_ollama.failures import Fault, told
 from tars_ollama.settings import OllamaSettings
 
-_DEFAULT_CONTEXT = 8192
 _SMALLEST_CONTEXT = 2048
 _ALL_LAYERS = 999  # Ollama's own way to say so: -1 means that it chooses
 _PAUSES_S = (0.25, 0.5, 1.0, 2.0)
@@ -82,7 +82,7 @@ class Loader:
         show = await self._show()
         if not show.generates:
             raise LoadFailed(f"{self._name} writes no text; it can {', '.join(show.capabilities or ())}")
-        wanted = self._options.context_length or _DEFAULT_CONTEXT
+        wanted = self._options.context_length or DEFAULT_CONTEXT
         wanted = min(wanted, show.trained_context or wanted)
         taken = await self._context_in_use()
         launch, loaded = await self._loaded(taken or wanted)

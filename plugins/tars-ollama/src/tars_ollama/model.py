@@ -39,16 +39,12 @@ class OllamaModel(LoadedModel):
     """See :class:`~tars_core.hookspecs.BatchedModel`."""
 
     def __init__(self, loop: LoopThread, client: Client, facts: Facts, *, slots: int) -> None:
-        header = facts.header
         super().__init__(
             device=facts.device,
             context_length=facts.context_length,
             concurrency=slots,
-            chat_template=header.chat_template if header else None,
             features=OLLAMAS_CHAT if facts.renders_chat else BASIC_FEATURES,
-            bos_token=header.bos_token if header else "",
-            eos_token=header.eos_token if header else "",
-            adds_bos=header.adds_bos if header else False,
+            header=facts.header,
             context_shrunk=facts.shrunk,
         )
         self._loop = loop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,20 @@ import safetensors
 import torch
 import transformers
 
-from tars_core.plugin import CancelFlag, LoadFailed, LoadOptions, OutOfMemory, ProgressCallback
+from tars_core.plugin import (
+    DEFAULT_CONTEXT,
+    CancelFlag,
+    LoadFailed,
+    LoadOptions,
+    OutOfMemory,
+    ProgressCallback,
+    is_out_of_memory,
+)
 from tars_transformers.checkpoint import Checkpoint
 from tars_transformers.generate import Network, TransformersModel
 from tars_transformers.tokens import Vocabulary
 
-_DEFAULT_CONTEXT = 8192
 _CPU = "cpu"
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
@@ -50,7 +55,7 @@ def load(
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _out_of_memory(folder, error) from error
     except Exception as error:  # every architecture has failures of its own
-        if _OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(str(error)):
             raise _out_of_memory(folder, error) from error
         if isinstance(error, safetensors.SafetensorError):
             raise LoadFailed(f"the weights of {folder.name} are damaged: {error}", hint="fetch them again") from error
@@ -61,12 +66,12 @@ def load(
     if native is None:
         raise LoadFailed(f"{folder.name} has no tokenizer.json, nor anything one could be made from")
     vocabulary = Vocabulary(native)
-    own = checkpoint.context_length or _DEFAULT_CONTEXT
+    own = checkpoint.context_length or DEFAULT_CONTEXT
     return TransformersModel(
         network,
         vocabulary,
         _ends(network, tokenizer, vocabulary),
-        context_length=min(options.context_length or _DEFAULT_CONTEXT, own),
+        context_length=min(options.context_length or DEFAULT_CONTEXT, own),
         chat_template=_template(tokenizer),
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
@@ -103,7 +108,7 @@ def _fits(network: Network, device: str, *, last: bool) -> bool:
         network.native.to(device)
         network.forward([0], network.new_cache())
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if last or not _OUT_OF_MEMORY.search(str(error)):
+        if last or not is_out_of_memory(str(error)):
             raise
     else:
         return True

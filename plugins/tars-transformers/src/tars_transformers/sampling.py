@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from tars_core.plugin import GenerationFailed, SamplingParams
+from tars_core.plugin import GREEDY_BELOW, PENALTY_WINDOW, GenerationFailed, SamplingParams
 
-PENALTY_WINDOW = 64
-_GREEDY_BELOW = 1e-6  # nothing but the likeliest token is left
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -27,7 +25,7 @@ class Candidates(NamedTuple):
 def choose(logits: torch.Tensor, last: Sequence[int], sampling: SamplingParams, generator: torch.Generator) -> int:
     """Return the next token. ``last`` are the tokens so far, prompt included; ``generator`` is one of the CPU."""
     logits = penalize(logits.float(), last, sampling.repeat_penalty)
-    if sampling.temperature < _GREEDY_BELOW:
+    if sampling.temperature < GREEDY_BELOW:
         token = int(logits.argmax())
         if not bool(logits[token].isfinite()):
             raise _no_number()

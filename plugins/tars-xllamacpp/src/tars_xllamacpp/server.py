@@ -19,6 +19,8 @@ import msgspec
 import xllamacpp
 
 from tars_core.plugin import (
+    DEFAULT_CONTEXT,
+    PENALTY_WINDOW,
     BackendEvent,
     ContextLengthExceeded,
     Finished,
@@ -38,16 +40,15 @@ from tars_core.plugin import (
     Usage,
     engine_seed,
     fitting_context,
+    is_out_of_memory,
     read_gguf_header,
 )
 from tars_xllamacpp.plugin import FEATURES
 from tars_xllamacpp.settings import XLlamaCppSettings
 
-_DEFAULT_CONTEXT = 8192
 _CONTEXT_STEP = 256  # llama.cpp pads its cache to this many tokens
 _CPU = "cpu"
 _SAMPLERS = ["penalties", "top_k", "top_p", "min_p", "temperature"]  # llama.cpp's own order, without the rest
-_PENALTY_WINDOW = 64
 
 
 class _Usage(msgspec.Struct):
@@ -107,11 +108,7 @@ class ServedModel(LoadedModel):
             context_length=context,
             concurrency=slots,
             features=FEATURES,
-            chat_template=header.chat_template,
-            bos_token=header.bos_token,
-            eos_token=header.eos_token,
-            adds_bos=header.adds_bos,
-            longest_token=header.longest_token,
+            header=header,
             context_shrunk=shrunk,
         )
         self._server = server
@@ -123,7 +120,7 @@ class ServedModel(LoadedModel):
         """Start the engine on ``path``. Raises ``LoadFailed`` with the engine's own words, or ``OutOfMemory``."""
         header = read_gguf_header(path)
         # The engine cuts a slot to what the model was trained for, and rounds it up to whole steps.
-        wanted = min(options.context_length or _DEFAULT_CONTEXT, header.context_length)
+        wanted = min(options.context_length or DEFAULT_CONTEXT, header.context_length)
         fitting = fitting_context(header, wanted, options.concurrency)
         context = min(-(-fitting // _CONTEXT_STEP) * _CONTEXT_STEP, header.context_length)
         with tempfile.TemporaryDirectory(prefix="tars-") as folder, _stderr_kept() as words:
@@ -244,7 +241,7 @@ def _body(request: GenerateRequest) -> dict[str, object]:
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
         "repeat_penalty": sampling.repeat_penalty,
-        "repeat_last_n": _PENALTY_WINDOW,
+        "repeat_last_n": PENALTY_WINDOW,
         "samplers": _SAMPLERS,
         "seed": engine_seed(sampling.seed),
         "stop": sampling.stop,
@@ -288,8 +285,7 @@ def _load_error(path: Path, error: Exception, words: str) -> LoadFailed:
     """Tell why: the exception says no more than that it failed; the reason went to stderr."""
     reasons = [line.strip() for line in words.splitlines() if "error" in line.lower() or "failed" in line.lower()]
     reason = reasons[0] if reasons else str(error)
-    lowered = words.lower()
-    if "out of memory" in lowered or "failed to allocate" in lowered or "unable to allocate" in lowered:
+    if is_out_of_memory(words):
         return OutOfMemory(f"{path.name} does not fit the memory: {reason}", hint="use a smaller model or context")
     return LoadFailed(f"llama.cpp cannot load {path.name}: {reason}")
 
