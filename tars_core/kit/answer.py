@@ -6,8 +6,11 @@ import collections
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from tars_core.hookspecs import CancelFlag
+import msgspec
+
+from tars_core.hookspecs import CancelFlag, LoadedModel
 from tars_core.kit.text import StopFilter
+from tars_core.types.errors import ContextLengthExceeded
 from tars_core.types.events import BackendEvent, BackendFinished, TextDelta
 from tars_core.types.request import GenerateRequest
 from tars_core.types.results import FinishReason, Timings, Usage
@@ -83,12 +86,24 @@ class Answer:
 
 
 def say(
-    tokens: Iterable[str], request: GenerateRequest, cancel: CancelFlag, *, prompt_tokens: int | None = None
+    tokens: Iterable[str],
+    request: GenerateRequest,
+    cancel: CancelFlag,
+    loaded: LoadedModel,
+    *,
+    prompt_tokens: int | None = None,
 ) -> Iterator[BackendEvent]:
     """Yield the events of an answer whose tokens are texts, such as words; its end is the end of ``tokens``.
 
-    It is stopped, bounded and counted as the contract says. ``prompt_tokens`` as for :class:`Answer`.
+    It is stopped, bounded and counted as the contract says. ``prompt_tokens`` as for :class:`Answer`. Raises
+    :class:`~tars_core.types.errors.ContextLengthExceeded` where they fill the context.
     """
+    if prompt_tokens is not None:
+        room = loaded.context_length - prompt_tokens
+        if room < 1:
+            raise ContextLengthExceeded(prompt_tokens=prompt_tokens, context_length=loaded.context_length)
+        bounded = msgspec.structs.replace(request.sampling, max_tokens=min(room, request.sampling.max_tokens))
+        request = msgspec.structs.replace(request, sampling=bounded)
     answer = Answer(lambda _: "", request, prompt_tokens=prompt_tokens)
     for token in tokens:
         if cancel.is_set():

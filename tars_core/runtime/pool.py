@@ -84,7 +84,8 @@ class Pool:
         self._circuits = circuits
         self._tell = tell
         self._places: dict[PlaceKey, Place] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[asyncio.Task[None], int] = {}
+        """Workers that are about to end, and the bytes that this frees."""
         self._making_room = asyncio.Lock()
         self._closed = False
         self._released = asyncio.Event()
@@ -109,8 +110,10 @@ class Pool:
 
     def in_memory(self) -> InMemory:
         """Return what a decision needs to know of it."""
-        loaded = [place for place in self._places.values() if place.answers]
-        return InMemory(frozenset(p.key for p in loaded), sum(p.memory_bytes for p in loaded))
+        places = self._places.values()
+        holding = [p for p in places if p.answers or p in _reserved]  # who is loading can go afterwards
+        evictable_bytes = sum(p.memory_bytes for p in holding) + sum(self._ending.values())
+        return InMemory(frozenset(p.key for p in places if p.answers), evictable_bytes)
 
     def loaded(self) -> tuple[LoadedStatus, ...]:
         """Return the models in memory, the latest used first."""
@@ -332,8 +335,8 @@ class Pool:
         backend, model = place.key
         self._tell(WorkerEnded(backend=backend, model=model, pid=worker.pid, failure=failure))
         ending = asyncio.ensure_future(worker.close())
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
+        self._ending[ending] = place.memory_bytes
+        ending.add_done_callback(self._ending.pop)
         return ending
 
     async def close(self) -> None:
