@@ -20,7 +20,8 @@ TRANSFORMERS = "plugins/tars-transformers"
 PLUGINS = [*DEMO_PLUGINS, "plugins/tars-llamacpp", "plugins/tars-ollama", TRANSFORMERS]
 WHEELS = ROOT / "dist"
 PLUGIN_SOURCES = [f"{plugin}/src" for plugin in PLUGINS]
-CODE = ["tars_core", "plugins", "tests", "examples", "models", "conftest.py", "noxfile.py"]
+CODE = ["tars_core", "plugins", "tests", "examples", "models", "benchmarks", "conftest.py", "noxfile.py"]
+BENCHMARKS = [["startup"], ["engine"], ["throughput"]]
 OTHER_PYTHONS = ["3.10", "3.13"]
 RUN_FLAGS = ("--json", "--quiet", "-q")
 DEMO_PROMPT = "¿Cuál es tu nombre?"
@@ -92,8 +93,17 @@ def types(session: nox.Session) -> None:
     """Check the types, strictly."""
     _install_editable(session, "types", DEMO_PLUGINS)
     session.run("mypy", "tars_core", "conftest.py", "noxfile.py", "tests", "examples", "models/demo", *PLUGIN_SOURCES)
+    session.run("mypy", "benchmarks")
     for plugin in PLUGINS:  # one by one: two plugins may have a test module of the same name
         session.run("mypy", f"{plugin}/tests")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure all; ``nox -s bench -- throughput --cells 8x60x64`` a part. See benchmarks/README.md."""
+    _install(session, ".", "plugins/tars-llamacpp", *DEMO_PLUGINS, group="bench")
+    for part, *arguments in [session.posargs] if session.posargs else BENCHMARKS:
+        session.run("python", f"benchmarks/{part}.py", *arguments)
 
 
 @nox.session
