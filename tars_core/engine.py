@@ -66,8 +66,8 @@ class InferenceEngine:
     :class:`~tars_core.config.settings.Settings` for all of them. ``use_NAME=False`` forbids a backend.
     ``settings_file`` is a TOML file read besides the user's own. ``config`` may also be settings gathered before.
     ``extra_plugins`` are plugin objects that are not installed, by name; they run in this process.
-    ``on_load(backend, fraction, note)`` is told of loading, as :meth:`observe` would; 1.0 comes last, whatever became
-    of it.
+    ``on_load(backend, fraction, note)`` is called while a model loads, as :meth:`observe` would; 1.0 comes last, also
+    after a failure.
 
     ``model`` is the default; every answering method takes another. Models stay in memory while they fit.
     Nothing is imported, probed or loaded before the first question. Safe to use from several threads.
@@ -91,7 +91,7 @@ class InferenceEngine:
             settings["backend"] = backend
         if isinstance(config, Settings):
             if settings or settings_file is not None:
-                raise ConfigError("give settings gathered before, or arguments, not both")
+                raise ConfigError("pass either a Settings object or keyword arguments, not both")
             self.settings: Settings = config
         elif config is None or isinstance(config, Mapping):
             file = Path(_path("settings_file", settings_file)) if settings_file is not None else None
@@ -391,10 +391,10 @@ def _ask(  # noqa: PLR0913 - the request's parts
             raise RequestError("every message is blank")
         return Ask(GenerateRequest(messages=turns, sampling=params), _model(model), fallback_on=fallback_on)
     if prompt is None:
-        raise RequestError("there is neither a prompt nor messages")
+        raise RequestError("no prompt and no messages given")
     prompt = check_text("prompt", prompt)
     if not prompt.strip():
-        raise RequestError("the prompt is blank", hint="say what is to be answered")
+        raise RequestError("the prompt is blank", hint="write a question")
     if raw:
         if system_prompt is not None:
             raise RequestError("a raw prompt has no system prompt", hint="write it into the prompt")

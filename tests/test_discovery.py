@@ -57,7 +57,7 @@ def _statuses(only: str, **limits: float) -> dict[str, BackendStatus]:
         ("wrong-arguments", "register", "gpu"),
         ("unknown-hook", "register", "tars_prob"),
         ("probe-crashes", "probe", "its probe ended the process (SIGSEGV)"),
-        ("probe-returns-junk", "probe", "returned dict"),
+        ("probe-returns-junk", "probe", "must return ProbeReport"),
     ],
 )
 def test_28_29_a_broken_plugin_is_put_aside_with_stage_reason_and_mend(name: str, stage: str, reason: str) -> None:

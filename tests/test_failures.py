@@ -169,7 +169,7 @@ def test_30_what_native_code_prints_stays_out_of_the_frames_and_off_stdout(
 @pytest.mark.parametrize(
     ("acts", "rule"),
     [
-        ((YieldJunk(), Finish()), "not str"),
+        ((YieldJunk(), Finish()), "not 'junk' (str)"),
         ((Say(""), Finish()), "must not be empty"),
         ((Raise("KeyboardInterrupt"),), "raised KeyboardInterrupt"),
         ((Raise("SystemExit"),), "raised SystemExit"),
@@ -249,7 +249,7 @@ def test_36_when_all_fail_one_error_carries_every_cause_and_hint(make_engine: Ma
     with pytest.raises(AllBackendsFailed) as caught:
         engine.generate("hi")
     assert [a.backend for a in caught.value.attempts] == ["alpha", "beta", "gamma"]
-    for part in ("SIGSEGV", "no such symbol", "not str", "report it to the authors of gamma"):
+    for part in ("SIGSEGV", "no such symbol", "not 'junk' (str)", "report it to the authors of gamma"):
         assert part in str(caught.value)
 
 

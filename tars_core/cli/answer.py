@@ -81,7 +81,7 @@ def summary(completion: Completion) -> str:
     if timings.decode_tokens_per_s is not None:
         parts.append(f"{timings.decode_tokens_per_s:.0f} tokens/s")
     if completion.finish_reason == "length":
-        parts.append("cut at max_tokens or the context's end")
+        parts.append("truncated at max_tokens or the context's end")
     if completion.degraded:
         parts.append(f"other weights: {completion.model}")
     failed = [attempt.backend for attempt in completion.attempts if attempt.failure]

@@ -76,19 +76,22 @@ _answering = _options(
     _model,
     _backend,
     click.option("-s", "--system", metavar="TEXT", help="The system prompt."),
-    click.option("--max-tokens", type=int, metavar="N", help="Length of the answer at most.  [default: 200]"),
-    click.option("--temperature", type=float, metavar="T", help="0 is always the likeliest token.  [default: 0.8]"),
-    click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable."),
+    click.option("--max-tokens", type=int, metavar="N", help="Maximum length of the answer in tokens.  [default: 200]"),
+    click.option(
+        "--temperature", type=float, metavar="T", help="0 always picks the most likely token.  [default: 0.8]"
+    ),
+    click.option("--seed", type=int, metavar="N", help="Seed for repeatable sampling."),
 )
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 1 the backends failed; 2 wrong request or setting; 3 nothing can run; 130 Ctrl-C.",
+    epilog="Exit codes: 0 done; 1 the backends failed; 2 wrong request or setting; 3 nothing can run; 130 Ctrl-C;"
+    " 141 broken pipe.",
 )
 @click.version_option(__version__, "-V", "--version", message="tars %(version)s")
-@click.option("-v", "--verbose", count=True, help="Say what happens on stderr; twice: the backends' own words too.")
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A settings file to read as well.")
+@click.option("-v", "--verbose", count=True, help="Log to stderr; -vv also shows what the backends print.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="An additional settings file.")
 @click.pass_context
 def cli(context: click.Context, verbose: int, config: Path | None) -> None:
     """Answer with a local language model, on the best engine this machine has."""
@@ -105,7 +108,7 @@ def cli(context: click.Context, verbose: int, config: Path | None) -> None:
 @click.argument("prompt", required=False)
 @_answering
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, at the end.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr.")
 def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
     prompt: str | None,
     model: str | None,
@@ -118,7 +121,7 @@ def run_command(  # noqa: PLR0913, PLR0917 - one parameter an option
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Answer PROMPT; without one, or with -, what is piped in."""
+    """Answer PROMPT; without one, or with -, read it from stdin."""
     from tars_core.cli import answer  # noqa: PLC0415 - each command imports what it needs
     from tars_core.cli.progress import LoadBar  # noqa: PLC0415
 
@@ -141,7 +144,7 @@ def chat_command(  # noqa: PLR0913, PLR0917 - one parameter an option
     temperature: float | None,
     seed: int | None,
 ) -> None:
-    """Talk, turn by turn; /help says what else."""
+    """Chat interactively; type /help for commands."""
     from tars_core.cli import chat  # noqa: PLC0415
     from tars_core.cli.progress import LoadBar  # noqa: PLC0415
 
@@ -188,7 +191,7 @@ def ps_command(*, as_json: bool) -> None:
 @_backend
 @_json
 def plan_command(model: str | None, backend: str | None, *, as_json: bool) -> None:
-    """Show what would answer, in which order, and why."""
+    """Show which backends would be tried, in which order, and why."""
     from tars_core.cli import listing  # noqa: PLC0415
 
     with _engine(model, backend) as engine:
@@ -211,7 +214,7 @@ def benchmark_command(model: str | None, backend: str | None, *, as_json: bool) 
 @cli.command("doctor")
 @_json
 def doctor_command(*, as_json: bool) -> None:
-    """Print all that a bug report needs, secrets masked."""
+    """Print everything a bug report needs; secrets are masked."""
     from tars_core.cli import doctor  # noqa: PLC0415
     from tars_core.config.settings import Settings  # noqa: PLC0415
 
@@ -225,7 +228,7 @@ def doctor_command(*, as_json: bool) -> None:
 
 @cli.group("config")
 def config_group() -> None:
-    """Look at the settings."""
+    """Show the settings."""
 
 
 @config_group.command("show")

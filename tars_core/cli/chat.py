@@ -28,7 +28,7 @@ _PROMPT = "> "
 _HISTORY_LINES = 1000
 _HELP = """\
 /new            forget the conversation
-/system TEXT    set the system prompt, and begin anew; without TEXT, none
+/system TEXT    set the system prompt and start anew; without TEXT, remove it
 /stats          which backend answered last, and how fast
 /help           this
 /quit           leave (Ctrl-D too)
@@ -45,7 +45,7 @@ class Conversation:
         self._sampling = sampling
         self._failed = False
         self._interactive = sys.stdin.isatty()
-        self._stats = "nothing was answered yet"
+        self._stats = "no answer yet"
         self._turns: list[Message] = []
         self._begin(system)
 
@@ -117,14 +117,14 @@ class Conversation:
             click.secho("  (stopped)", err=True, dim=True)
         except ContextLengthExceeded as error:
             self._failed = True
-            click.secho(f"{error.message}; /new begins anew", err=True, fg="red")
+            click.secho(f"{error.message}; /new starts a new conversation", err=True, fg="red")
         except (RequestError, StreamInterrupted, AllBackendsFailed) as error:
             self._failed = True
             click.secho(f"\n{error}" if said else str(error), err=True, fg="red")
         if said:
             output.write("\n")
             if cut:
-                click.secho("(cut at --max-tokens, or the context is full)", err=True, dim=True)
+                click.secho("(truncated at --max-tokens, or the context is full)", err=True, dim=True)
             self._turns.append(Message(role="assistant", content="".join(said)))
         else:
             self._turns.pop()
@@ -164,4 +164,4 @@ def _history() -> Iterator[None]:
             file.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(file)
         except OSError as error:
-            click.echo(f"the history is not kept: {error}", err=True)
+            click.echo(f"the history was not saved: {error}", err=True)

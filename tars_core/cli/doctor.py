@@ -64,7 +64,7 @@ def report(settings: Settings, trouble: str | None, *, as_json: bool) -> None:
             if settings.origin(key) != "default"
         },
         environment={k: masked(k, v) for k, v in sorted(os.environ.items()) if _VARIABLES.match(k)},
-        settings_file=f"{user_file()} ({'there' if user_file().is_file() else 'none'})",
+        settings_file=f"{user_file()} ({'found' if user_file().is_file() else 'not found'})",
         cache_folder=str(cache_folder()),
     )
     output.write(dump(found) if as_json else _text(found))
@@ -100,7 +100,10 @@ def _text(found: Report) -> str:
         )
         reason = f": {plugin.reason}" if plugin.reason else ""
         lines.append(f"  {plugin.name} {plugin.version} {state}{reason}")
-    for title, values in (("settings that are no defaults", found.settings), ("environment", found.environment)):
+    for title, values in (
+        ("settings that differ from the defaults", found.settings),
+        ("environment", found.environment),
+    ):
         lines.append(f"{title}:" if values else f"{title}: none")
         lines += [f"  {name} = {value}" for name, value in values.items()]
     return "\n".join(lines) + "\n"

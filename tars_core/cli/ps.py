@@ -47,7 +47,7 @@ def found() -> list[Running]:
                 model=model,
                 memory_bytes=memory.resident_bytes(process.pid),
                 started_s=process.age_s,
-                program=" ".join(processes.command_line(process.parent)),
+                program=" ".join(" ".join(processes.command_line(process.parent)).split()),
                 program_pid=process.parent,
             )
         )

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import pydantic
 
 from tars_core.config.settings import Settings, origin_of, unknown_key
-from tars_core.types.errors import ConfigError
+from tars_core.types.errors import ConfigError, PluginError
+from tars_core.types.public import brief
 
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}  # of a model, of a dataclass
 
@@ -25,9 +26,14 @@ def checked(values: Mapping[str, object], origins: Mapping[str, str], known: Seq
 
 
 def own_settings(name: str, model: object, settings: Settings) -> str:
-    """Return ``[backends.NAME]`` as JSON, as the backend's pydantic ``model`` takes it, else raise ``ConfigError``."""
-    if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+    """Return ``[backends.NAME]`` as JSON, as the backend's pydantic ``model`` takes it.
+
+    Raises ``ConfigError`` for a value that it refuses, and ``PluginError`` where it is not such a model.
+    """
+    if model is None:
         raise ConfigError(f"the backend {name} has no settings of its own", hint=f"remove [backends.{name}]")
+    if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+        raise PluginError(f"tars_settings must return a subclass of pydantic.BaseModel, not {brief(model)}")
     prefix = f"backends.{name}."
     try:
         return model(**settings.backends[name]).model_dump_json()

@@ -146,7 +146,7 @@ def _from_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     if use:
         given = values.get("use", {})
         if not isinstance(given, Mapping):
-            raise ConfigError(f"setting use (argument): {given!r:.40} is no table of names and true or false")
+            raise ConfigError(f"setting use (argument): {given!r:.40} is not a table of name = true or false")
         values["use"] = {**given, **use}
     return _in_one_form(values)
 
@@ -168,8 +168,9 @@ def _in_one_form(values: dict[str, object]) -> dict[str, object]:
         values["models"] = {name: (refs,) if isinstance(refs, str) else refs for name, refs in models.items()}
     if isinstance(limits, Mapping):  # neither TOML nor a variable has a word for None
         values["limits"] = {key: None if value == _OFF else value for key, value in limits.items()}
-    if values.get("keep_alive") == _OFF:
-        values["keep_alive"] = None
+    for key in ("keep_alive", "max_loaded"):
+        if values.get(key) == _OFF:
+            values[key] = None
     return values
 
 
@@ -205,4 +206,4 @@ def _check_variables(names: frozenset[str], place: str) -> None:
         near = difflib.get_close_matches(stem, known, n=1, cutoff=0.8)
         if near:
             raise ConfigError(f"unknown setting {name} ({place})", hint=f"did you mean {near[0]}?")
-        _log.info("the environment variable %s is no setting of TARS", name)
+        _log.info("the environment variable %s is not a TARS setting", name)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from tars_core.types.errors import told
+from tars_core.types.public import brief, field_error
 
 K = TypeVar("K", bound=Hashable)
 
@@ -70,9 +71,9 @@ def fault(answer: object, kind: type[msgspec.Struct]) -> str | None:
     if isinstance(answer, BaseException):
         return told(answer)
     if not isinstance(answer, kind):
-        return f"it returned {type(answer).__name__}"
+        return f"it must return {kind.__name__}, not {brief(answer)} ({type(answer).__name__})"
     try:
         msgspec.convert(msgspec.to_builtins(answer), kind)
     except (TypeError, ValueError) as error:
-        return f"its {kind.__name__} is not sound: {error}"
+        return f"invalid {kind.__name__}: {field_error(error)}"
     return None

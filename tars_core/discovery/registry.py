@@ -15,21 +15,22 @@ import msgspec
 import pluggy
 
 from tars_core import hookspecs
-from tars_core.discovery import entry_points, trial
+from tars_core.discovery import entry_points, mistakes, trial
 from tars_core.discovery.asking import Asker, Late, fault
-from tars_core.discovery.entry_points import Choice, InstalledPlugin, Stage
-from tars_core.types.errors import told
+from tars_core.discovery.entry_points import Choice, InstalledPlugin, Refused, Stage
+from tars_core.types.errors import PluginError, told
 from tars_core.types.models import ModelRef, OfferedModel
+from tars_core.types.public import brief
 from tars_core.types.reports import ProbeLimits, ProbeReport
 
-_MENDS: dict[Stage, str] = {
-    "discovery": "uninstall one of the two",
-    "generation": "upgrade tars-core or the plugin, so that both speak the same generation",
+_MENDS: dict[str, str] = {
     "import": "reinstall {distribution} or uninstall it; tars backends looks at it again",
-    "register": "upgrade {distribution}; its hooks are not those of this tars-core",
+    "register": "fix it where you are the author of {distribution}, else upgrade it",
     "probe": "upgrade {distribution} or report it to its authors",
 }
 
+
+_GIVEN = "(object given in code)"
 
 SettingsOf: TypeAlias = Callable[[str], str]
 """Returns a plugin's own settings as JSON, by its name."""
@@ -84,7 +85,8 @@ class Registry:
         return self._implements(name, "tars_load")
 
     def add(self, plugin: InstalledPlugin, value: object) -> None:
-        """Register ``value``; raises what pluggy raises for hooks that are none of ours."""
+        """Register ``value``; raises ``PluginError`` for a mistake in its hooks, and what pluggy raises."""
+        mistakes.check(value)
         self._manager.register(value, plugin.name)
         try:
             self._manager.check_pending()
@@ -99,14 +101,23 @@ class Registry:
         if self._plugins.pop(plugin.name, None) is not None:
             del self._objects[plugin.name]
             self._manager.unregister(name=plugin.name)
+        self.refuse(
+            Refused(
+                plugin=plugin, stage=stage, reason=reason, mend=_MENDS[stage].format(distribution=plugin.distribution)
+            )
+        )
+
+    def refuse(self, refused: Refused) -> None:
+        """Put a plugin aside that was never registered; another one of its name stays."""
+        plugin = refused.plugin
         self.quarantined.append(
             Quarantined(
                 name=plugin.name,
                 distribution=plugin.distribution,
                 version=plugin.version,
-                stage=stage,
-                reason=reason,
-                mend=_MENDS[stage].format(distribution=plugin.distribution),
+                stage=refused.stage,
+                reason=refused.reason,
+                mend=refused.mend,
             )
         )
 
@@ -166,6 +177,8 @@ class Registry:
                 continue
             models = answer if isinstance(answer, list | tuple) else (answer,)
             faults = [wrong for model in models if (wrong := fault(model, OfferedModel))]
+            if not isinstance(answer, list | tuple | BaseException):
+                faults = [f"it must return a list of OfferedModel, not {brief(answer)}"]
             if faults:
                 self.put_aside(name, f"tars_models: {faults[0]}")
                 self._offered.pop(name, None)
@@ -213,16 +226,16 @@ def discover(  # noqa: PLR0913 - each says one thing about how to look
     """
     registry = Registry()
     for name, value in sorted((extra or {}).items()):
-        given = InstalledPlugin(name=name, distribution="(object)", version="", target=None)
+        given = InstalledPlugin(name=name, distribution=_GIVEN, version="", target=None)
         try:
             registry.add(given, value)
         except Exception as error:  # noqa: BLE001 - one broken plugin must not stop the others
-            registry.quarantine(given, "register", told(error))
-    found = entry_points.find(frozenset(p.name for p in registry.plugins))
-    for plugin, refused_at, reason in found.refused:
-        registry.quarantine(plugin, refused_at, reason)
-    installed = [p for p in found.plugins if choice.admits(p.name)]
-    registry.left_out = frozenset(p.name for p in found.plugins if not choice.admits(p.name))
+            registry.quarantine(given, "register", _said(error))
+    found = entry_points.find()
+    for refused in found.refused:
+        registry.refuse(refused)
+    registry.left_out = frozenset(p.name for p in found.plugins if not choice.admits(p.name)) - set(extra or {})
+    installed = [p for p in found.plugins if choice.admits(p.name) and p.name not in (extra or {})]
     verdicts = _verdicts(installed, cache, first_import_s, python, recheck=recheck) if isolated else {}
     for plugin in installed:
         verdict = verdicts.get(plugin.name, trial.Verdict())
@@ -235,8 +248,12 @@ def discover(  # noqa: PLR0913 - each says one thing about how to look
             stage = "register"
             registry.add(plugin, value)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin must not stop the others
-            registry.quarantine(plugin, stage, told(error))
+            registry.quarantine(plugin, stage, _said(error))
     return registry
+
+
+def _said(error: BaseException) -> str:
+    return error.message if isinstance(error, PluginError) else told(error)
 
 
 def _verdicts(

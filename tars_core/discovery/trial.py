@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import logging
 import os
-import signal
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -28,12 +28,14 @@ from typing import IO, Literal, TypeAlias
 import msgspec
 
 from tars_core import hookspecs
+from tars_core.discovery import mistakes
 from tars_core.system import processes
-from tars_core.types.errors import WorkerDied, told
+from tars_core.types.errors import PluginError, WorkerDied, told
 from tars_core.types.reports import ProbeLimits
 
 _log = logging.getLogger("tars_core.discovery.registry")
 _REMEMBER_BAD_S = 3600.0
+_KILL_GRACE_S = 1.0
 _PROBING = b"probing"
 """The child's word for having come so far; its last line is the verdict."""
 Stage: TypeAlias = Literal["import", "register", "probe"]
@@ -155,20 +157,25 @@ def examine(suspects: Sequence[Suspect], *, limit_s: float, python: str | None =
 def _judge(command: Sequence[str], limit_s: float) -> Verdict:
     # Files, not pipes: something the plugin started may hold a pipe open long after the process has ended.
     with _scratch_file() as output, _scratch_file() as words:
+        mark = secrets.token_hex(8)
         child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command,
+            env=processes.marked_environment(mark),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=words,
             start_new_session=True,
         )
         late = False
+        started_by_it: list[int] = []
         try:
             child.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with what it started
-            child.wait()
             late = True
+            started_by_it = processes.descendants(child.pid)
+        processes.kill_family(child.pid, mark, started_by_it)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be stuck in the kernel
+            child.wait(_KILL_GRACE_S)
         output.seek(0)
         words.seek(0)
         lines = output.read().splitlines()
@@ -193,6 +200,7 @@ def _try_out(name: str, target: str, output: int) -> Verdict:
     try:
         plugin = hookspecs.import_plugin(target)
         stage = "register"
+        mistakes.check(plugin)
         manager = hookspecs.new_manager()
         manager.register(plugin, name)
         manager.check_pending()
@@ -201,6 +209,8 @@ def _try_out(name: str, target: str, output: int) -> Verdict:
         manager.hook.tars_probe(model=None, limits=ProbeLimits(), backend_settings="{}")
     except SystemExit as error:
         return Verdict(stage=stage, reason=f"it called sys.exit({error.code!r})")
+    except PluginError as error:
+        return Verdict(stage=stage, reason=error.message)
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises is the verdict
         return Verdict(stage=stage, reason=told(error))
     return Verdict()

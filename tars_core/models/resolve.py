@@ -85,7 +85,7 @@ def _check(ref: ModelRef, aliases: Mapping[str, Sequence[str]], offered: Mapping
     if ref.scheme == DEMO.scheme:
         raise ModelNotFound(
             f"the model {ref} is not installed",
-            hint="there is only demo: itself" if ref.rest else "from a clone: pip install ./plugins/tars-demo-model",
+            hint="the only demo model is demo:" if ref.rest else "from a clone: pip install ./plugins/tars-demo-model",
         )
     path = ref.path
     if path is None:
@@ -93,7 +93,7 @@ def _check(ref: ModelRef, aliases: Mapping[str, Sequence[str]], offered: Mapping
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
-        raise ModelNotFound(f"{path} cannot be looked at: {error.strerror}", hint="check the path") from error
+        raise ModelNotFound(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
     if is_folder:
         _check_folder(path)
     elif not is_file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -95,7 +95,8 @@ class Planner:
             elif isinstance(own, str | ConfigError):
                 self._own_settings[name] = own
             elif isinstance(own, BaseException):
-                found.put_aside(name, f"tars_settings: {told(own)}")
+                why = own.message if isinstance(own, PluginError) else f"tars_settings: {told(own)}"
+                found.put_aside(name, why)
 
     def plugin(self, name: str) -> tuple[str | None, object]:
         """Return a plugin's entry-point value (``None`` for an object given in code) and the plugin itself.
@@ -138,12 +139,13 @@ class Planner:
                 mend = f"; did you mean {near[0]}?" if near else ""
                 _log.warning("%s (%s) names %s, which is not installed%s", key, settings.origin(key), name, mend)
 
-    def decide(self, wanted: str | None, in_memory: InMemory) -> Decision:
+    def decide(self, wanted: str | None, look: Callable[[], InMemory]) -> Decision:
         """Return what would be tried for the model ``wanted``, in order. Raises where nothing can be.
 
-        ``None`` is the model of the settings.
+        ``None`` is the model of the settings. ``look`` says what is loaded now.
         """
         found = self._discovered()
+        in_memory = look()
         backends = [p.name for p in found.plugins if found.is_backend(p.name)]
         self._check_named(found, backends)
         self._check_settings(found)
@@ -154,7 +156,7 @@ class Planner:
         questions = [(b, ref) for ref in model.refs for b in backends if isinstance(self._own_settings.get(b, ""), str)]
         reports, late = self._reports(found, questions, in_memory)
         reports = {key: _vouched(report, model.weights_ids.get(key[1])) for key, report in reports.items()}
-        candidates, rejected = ranking.rank(reports, self._policy(found, model, in_memory))
+        candidates, rejected = ranking.rank(reports, self._policy(found, model, look))
         candidates, notice = self._without_the_first(model, candidates, reports)
         rejected += (*self._rejected(found, backends, model, {key[0] for key in (*reports, *late)}), *late.values())
         if not candidates:
@@ -279,8 +281,9 @@ class Planner:
             given = f"plugins = {self._settings.plugins!r} ({self._settings.origin('plugins')})"
             raise ConfigError(f"the setting {given} leaves out {', '.join(out)}", hint="change it, or TARS_PLUGINS")
 
-    def _policy(self, found: registry.Registry, model: ResolvedModel, in_memory: InMemory) -> ranking.Policy:
+    def _policy(self, found: registry.Registry, model: ResolvedModel, look: Callable[[], InMemory]) -> ranking.Policy:
         free, total = memory.free_bytes(), memory.total_bytes()
+        in_memory = look()  # after that: what begins to load meanwhile may count twice, and is not taken for room lost
         if free is not None:
             free = min(free + in_memory.evictable_bytes, free if total is None else max(free, total))
         return ranking.Policy(
@@ -298,6 +301,7 @@ class Planner:
         """Return the state of every installed plugin, quarantined ones included."""
         found = self._discovered(recheck=True)
         self._check_settings(found)
+        found.offered_models(self._limits, self._given_settings)  # what is wrong there is wrong here, too
         wrong = {n: e for n, e in self._own_settings.items() if isinstance(e, TarsError)}
         asked: list[tuple[str, None]] = [(p.name, None) for p in found.plugins if p.name not in wrong]
         reports: dict[str, ProbeReport] = {

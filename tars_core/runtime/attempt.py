@@ -44,13 +44,19 @@ class Try:
         self._calls: dict[int, ToolCall] = {}
         self._logprobs: list[TokenLogprob] = []
         self._worker: Worker | None = None
+        self._request: Request | None = None
         self.displaces = True
         """Whether another model may have to make room for this one."""
 
     @property
     def incident(self) -> int:
-        """Which worker's end this failure may have been."""
-        return self._worker.serial if self._worker else self._place.serial
+        """What this failure may have had in common with others': a step of a batch, or the worker's end."""
+        return (self._request and self._request.incident) or (self._worker or self._place).serial
+
+    @property
+    def together(self) -> bool:
+        """Whether others failed by the same step."""
+        return self._request is not None and self._request.incident is not None
 
     async def run(self, request: GenerateRequest, sink: Sink, decision: Decision) -> Completion:
         """Return the answer.
@@ -59,7 +65,7 @@ class Try:
         """
         worker = await self._load()
         check_features(self._place, request.needs(), worker)
-        started = await self._bounded(worker.generate(request))
+        started = self._request = await self._bounded(worker.generate(request))
         self._worker = worker
         self._attempts.loaded()
         try:

@@ -22,6 +22,10 @@ OnChange: TypeAlias = Callable[[Key, Literal["closed", "open", "quarantined"], f
 """``on_change(key, state, pause_s)``."""
 
 
+_REMEMBERED = 64
+"""Incidents, for who comes late to tell of one."""
+
+
 class CircuitPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When a backend is left alone for a while."""
 
@@ -46,7 +50,7 @@ class _Circuit:
         self.openings = 0
         self.open_until = 0.0
         self.trial: object = None
-        self.incident = 0
+        self.incidents: deque[int] = deque(maxlen=_REMEMBERED)
         self.deaths: deque[float] = deque()
         self.quarantines = 0
         self.quarantined_until = 0.0
@@ -105,15 +109,15 @@ class Circuits:
     def failed(self, key: Key, request: object, now: float, *, incident: int | None, died: bool) -> None:
         """Count a failure.
 
-        Requests that failed by one ``incident`` (one worker's end, one load; numbers grow) count once; ``None`` is a
-        failure of this request alone.
+        Requests that failed by one ``incident`` (one worker's end, one load, one step of a batch) count once; ``None``
+        is a failure of this request alone.
         """
         self.undecided(key, request)
         circuit = self._circuit(key)
         if incident is not None:
-            if incident <= circuit.incident:
+            if incident in circuit.incidents:
                 return
-            circuit.incident = incident
+            circuit.incidents.append(incident)
         if died:
             self._count_death(key, circuit, now)
         circuit.failures += 1

@@ -103,7 +103,7 @@ class Decisions:
         return answer
 
     def _decide(self, wanted: str | None) -> Decision:
-        return self._planner.decide(wanted, self._pool.in_memory())
+        return self._planner.decide(wanted, self._pool.in_memory)
 
     def _report(self, decision: Decision) -> None:
         for candidate in decision.candidates:
@@ -134,6 +134,10 @@ async def in_daemon_thread(function: Callable[[], T], *, name: str) -> T:
             value = function()
         except BaseException as raised:  # noqa: BLE001 - handed over to the waiting coroutine
             error = raised
+            if isinstance(raised, StopIteration) or not isinstance(raised, Exception):
+                # A future takes no StopIteration, and any other of these would end the loop.
+                error = RuntimeError(f"a function called by the engine raised {type(raised).__name__}")
+                error.__cause__ = raised
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, value, error)
 

@@ -169,7 +169,7 @@ class Driver:
         except asyncio.CancelledError:
             failure = Failure(kind="Cancelled", message="the caller gave up")
             raise
-        except TarsError as error:
+        except Exception as error:
             failure = Failure.of(error)
             raise
         finally:
@@ -239,7 +239,7 @@ class Driver:
                     raise
                 _log.info("%s failed: %s", candidate.backend, error)
                 self._decisions.doubt(model)
-                attempts.failed(error, time.monotonic(), incident=attempt.incident)
+                attempts.failed(error, time.monotonic(), incident=attempt.incident, together=attempt.together)
             except BaseException:
                 attempts.undecided()
                 raise

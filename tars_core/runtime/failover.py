@@ -75,7 +75,7 @@ class Attempts:
             if state == "quarantined":
                 self._skip(candidate, "in quarantine: its process died too often", now)
             elif state == "half-open" and key not in warm and any(other in warm for other in others):
-                self._skip(candidate, "paused after repeated failures; it is being tried again", now)
+                self._skip(candidate, "paused after repeated failures; a trial is running", now)
                 self.for_trial.append(candidate)
                 self._waiting.append(candidate)
             elif state in ("closed", "half-open") or not others:
@@ -148,10 +148,11 @@ class Attempts:
         """The request ended for a reason that is not the backend's."""
         self._circuits.undecided(key_of(self._active()), self)
 
-    def failed(self, error: TarsError, now: float, *, incident: int) -> None:
+    def failed(self, error: TarsError, now: float, *, incident: int, together: bool = False) -> None:
         """Note a failure; return where the next candidate may be tried, else raise what the caller gets.
 
-        Raises ``StreamInterrupted`` once text was delivered, and ``AllBackendsFailed`` when the whole time is up.
+        ``together``: the same ``incident`` ended other requests. Raises ``StreamInterrupted`` once text was delivered,
+        and ``AllBackendsFailed`` when the whole time is up.
         """
         candidate = self._active()
         died = isinstance(error, WorkerDied)
@@ -162,7 +163,7 @@ class Attempts:
             self.undecided()
         else:
             # Shared with others: a worker's end, a hang it is killed for, a load.
-            shared = died or overdue is not None or self._stage == "load"
+            shared = together or died or overdue is not None or self._stage == "load"
             self._circuits.failed(key_of(candidate), self, now, incident=incident if shared else None, died=died)
         self._record(candidate, now, Failure.of(error))
         outcome: TarsError | None = None

@@ -109,10 +109,10 @@ class Pool:
         return worker.loaded.features if worker is not None and worker.loaded is not None else candidate.report.features
 
     def in_memory(self) -> InMemory:
-        """Return what a decision needs to know of it."""
-        places = self._places.values()
+        """Return what a decision needs to know of it. Safe to call from another thread."""
+        places = list(self._places.values())
         holding = [p for p in places if p.answers or p in _reserved]  # who is loading can go afterwards
-        evictable_bytes = sum(p.memory_bytes for p in holding) + sum(self._ending.values())
+        evictable_bytes = sum(p.memory_bytes for p in holding) + sum(list(self._ending.values()))
         return InMemory(frozenset(p.key for p in places if p.answers), evictable_bytes)
 
     def loaded(self) -> tuple[LoadedStatus, ...]:
@@ -244,6 +244,8 @@ class Pool:
         if place.worker is not None:
             self._end(place, place.worker)
         while not self._fits(place):
+            if not place.waiting:
+                raise LoadFailed("nobody waits for it any more")
             loaded = [p for p in self._places.values() if p.answers and p is not place]
             idle = sorted((p for p in loaded if p.idle), key=lambda p: p.used_at)
             if self._ending and not self._too_many(place):

@@ -167,6 +167,8 @@ class AsyncStream(AsyncIterator[StreamEvent]):
             except BaseException:  # the task was cancelled
                 self._stop()
                 raise
+        if self._closed:  # meanwhile, by another task
+            raise StopAsyncIteration
         if self._future.cancelled():
             raise EngineClosed
         self._future.result()

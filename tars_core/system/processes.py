@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from tars_core.types.errors import ConfigError
 _PARENT_POLL_S = 0.5
 _PYTHON = re.compile(r"python|pypy|graalpy", re.IGNORECASE)
 _PROC = Path("/proc")
+_MARK = "_TARS_CHILD"
 
 
 def interpreter() -> str:
@@ -137,15 +138,30 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def kill_group(leader: int, others: list[int]) -> None:
-    """Kill what is left of the process group of ``leader``, and ``others``, which may have left it.
+def marked_environment(mark: str) -> dict[str, str]:
+    """Return an environment by which a child, and all that it starts, is found again wherever it has gone."""
+    return {**os.environ, _MARK: mark}
 
-    The leader itself may be gone: its id is not given to another process while its group has members.
+
+def kill_family(leader: int, mark: str, others: Iterable[int] = ()) -> None:
+    """Kill what is left of the process group of ``leader``, what else has its ``mark``, and ``others``.
+
+    The leader itself may be gone: its id is not given to another process while its group has members. What has left
+    the group, as daemons do, has the mark (Linux), unless it has written its title over its environment; so the
+    leader's :func:`descendants` are to be given where it still lives.
     """
     if os.name != "posix":
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-    for pid in others:
+    for pid in {*others, *_marked(mark)}:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _marked(mark: str) -> Iterator[int]:
+    variable = os.fsencode(f"{_MARK}={mark}")
+    for entry in _PROC.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended while we looked, or is not ours
+            if variable in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)

@@ -5,7 +5,7 @@
     TarsError
     ├── RequestError                 the caller's mistake; never fails over
     │   └── ContextLengthExceeded    prompt longer than the model's or the user's limit
-    ├── ConfigError                  a setting that cannot be meant
+    ├── ConfigError                  an invalid setting
     ├── ModelNotFound                the model named is not on this machine
     ├── EngineClosed                 used after close()
     ├── Overloaded                   more requests than the queue holds
@@ -18,7 +18,7 @@
     │   │   └── ContextShrunk        the prompt fits the model, and not the memory
     │   ├── ContractError            it broke a rule of the plugin contract
     │   ├── DeadlineExceeded         no progress within a time limit
-    │   └── WorkerDied               its process ended: signal, exit code, last words
+    │   └── WorkerDied               its process ended: signal, exit code, last stderr lines
     ├── StreamInterrupted            failed after text was delivered; carries that text
     └── AllBackendsFailed            no candidate was left; carries every attempt
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class TarsError(Exception):
     """Base of all errors of TARS."""
 
-    message: str = "it does not say why"
+    message: str = "no reason given"
     hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -68,7 +68,7 @@ class ContextLengthExceeded(RequestError):
 
 
 class ConfigError(TarsError, ValueError):
-    """A setting has an unknown name or a value that cannot be meant."""
+    """A setting has an unknown name or an invalid value."""
 
 
 class ModelNotFound(TarsError):
@@ -139,7 +139,7 @@ class DeadlineExceeded(BackendError):
         setting = stage.replace(" ", "_") + "_s"
         super().__init__(
             f"no progress within {limit_s:g} s ({stage})",
-            hint=f"raise limits.{setting} if the machine is merely slow",
+            hint=f"raise limits.{setting} if the machine is only slow",
         )
         self.stage = stage
         self.limit_s = limit_s
@@ -149,7 +149,7 @@ class WorkerDied(BackendError):
     """The backend's process ended while it was needed.
 
     ``signal_name`` is set where a signal killed it (``SIGSEGV``, ``SIGKILL``, …), ``exit_code``
-    otherwise; ``stderr_tail`` holds its last words.
+    otherwise; ``stderr_tail`` holds the end of its stderr.
     """
 
     def __init__(self, *, returncode: int | None, stderr_tail: str = "") -> None:
@@ -189,7 +189,7 @@ def told(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception as failure:  # noqa: BLE001 - a plugin's own exception may fail at this too
-        text = f"(its text is not to be had: {type(failure).__name__})"
+        text = f"(its message cannot be read: {type(failure).__name__})"
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

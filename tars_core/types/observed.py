@@ -53,7 +53,7 @@ class AttemptEnded(Public, frozen=True, kw_only=True):
 
 
 class CircuitChanged(Public, frozen=True, kw_only=True):
-    """A backend is left alone for a while, is given a trial, or is trusted again."""
+    """A backend is paused, quarantined, or trusted again."""
 
     backend: str
     model: ModelRef

@@ -78,6 +78,17 @@ def brief(value: object) -> str:
     return repr(value)
 
 
+def field_error(error: Exception, strip: str = "") -> str:
+    """Return msgspec's complaint with the field first: ``token_ids[0]: expected int, got str``.
+
+    ``strip`` is the part of its path that says nothing to the reader.
+    """
+    message, at, path = str(error).partition(" - at `$")
+    field = path.rstrip("`").removeprefix(strip).lstrip(".")
+    words = message.replace("`", "").replace("Expected", "expected")
+    return f"{field}: {words}" if at and field else words
+
+
 def _has_text(value: Public) -> bool:
     """Say whether it stands for a text, as a model's reference does."""
     return type(value).__str__ is not object.__str__

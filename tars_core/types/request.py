@@ -162,7 +162,7 @@ def _check_number(  # noqa: PLR0913 - bounds and whether they are meant
         raise RequestError(f"{name} must be a number, not {value!r:.40}")
     inside = low < value if low_open else low <= value  # neither holds for NaN
     if not inside or not (value < high if high_open else value <= high):
-        raise RequestError(f"{name} is {_shown(value)}", hint=f"it lies in {left}{low:g}, {high:g}{right}")
+        raise RequestError(f"{name} is {_shown(value)}", hint=f"it must be in {left}{low:g}, {high:g}{right}")
     return float(value)
 
 
@@ -170,7 +170,7 @@ def _check_whole(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} must be a whole number, not {value!r:.40}")
     if not low <= value <= high:
-        hint = f"it is at least {low}" if value < low else f"it is at most {high}"
+        hint = f"it must be at least {low}" if value < low else f"it must be at most {high}"
         raise RequestError(f"{name} is {_shown(value)}", hint=hint)
     return int(value)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import queue
+import secrets
 import signal
 import threading
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class ProcessChannel(asyncio.SubprocessProtocol):
         self._broken: BackendError | None = None
         self._greeted = False
         self._started_by_it: list[int] = []
+        self._mark = secrets.token_hex(8)
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self.pid: int | None = None
@@ -73,7 +75,7 @@ class ProcessChannel(asyncio.SubprocessProtocol):
     ) -> ProcessChannel:
         """Start the process.
 
-        ``model`` is for those who list processes. Raises ``WorkerDied`` where the system refuses one, and
+        ``model`` is for those who list processes. Raises ``LoadFailed`` where the system refuses one, and
         ``ConfigError`` where there is no Python to run it.
         """
         loop = asyncio.get_running_loop()
@@ -81,9 +83,13 @@ class ProcessChannel(asyncio.SubprocessProtocol):
         command = processes.command("tars_core.worker.child", name, model, python=python)
         try:
             # A session of its own: Ctrl-C in the terminal is for the host to handle.
-            await loop.subprocess_exec(lambda: channel, *command, start_new_session=True)
+            environment = processes.marked_environment(channel._mark)
+            await loop.subprocess_exec(lambda: channel, *command, env=environment, start_new_session=True)
         except (OSError, RuntimeError) as error:  # no process, no descriptor, no thread to wait for it
-            raise WorkerDied(returncode=None, stderr_tail=f"could not start it: {error}") from error
+            raise LoadFailed(
+                f"the worker process could not be started: {error}",
+                hint=f"check the setting python, which is {python}" if python else None,
+            ) from error
         channel.send(protocol.hello())
         return channel
 
@@ -106,7 +112,7 @@ class ProcessChannel(asyncio.SubprocessProtocol):
                 elif self._greeted:
                     self._on_frame(frame)
         except ValueError as error:
-            self._broken = ContractError(f"the worker of {self._name} sent something that is no frame: {error}")
+            self._broken = ContractError(f"the worker of {self._name} sent data that is not a frame: {error}")
             self.kill()
 
     def _greet(self, theirs: Hello) -> None:
@@ -114,15 +120,16 @@ class ProcessChannel(asyncio.SubprocessProtocol):
         self._greeted = theirs.frames == ours.frames
         if not self._greeted:
             self._broken = LoadFailed(
-                f"this program runs tars-core {ours.version}, and its worker found another one:"
-                f" {theirs.version} in {theirs.place}",
-                hint="tars-core was upgraded under a running program: restart it",
+                f"this program runs tars-core {ours.version} from {ours.place},"
+                f" its worker a different one: {theirs.version} from {theirs.place}",
+                hint="restart the program: tars-core was upgraded while it ran"
+                " (or set python to an interpreter with the same tars-core)",
             )
             self.kill()
 
     def process_exited(self) -> None:
         if self.pid is not None:
-            processes.kill_group(self.pid, self._started_by_it)
+            processes.kill_family(self.pid, self._mark, self._started_by_it)
         # Pipes may still hold the last frames; a grandchild may hold them open for ever.
         self._loop.call_later(_EXIT_GRACE_S, self._finish)
 
@@ -162,6 +169,7 @@ class ProcessChannel(asyncio.SubprocessProtocol):
             _log.warning(
                 "process %s of %s does not end although it was killed; it is left behind", self.pid, self._name
             )
+            self._finish()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._transport is None or self.pid is None or self._transport.get_returncode() is not None:
@@ -170,7 +178,7 @@ class ProcessChannel(asyncio.SubprocessProtocol):
             self._started_by_it = processes.descendants(self.pid)
         self._transport.send_signal(number)
         if number == _KILL:
-            processes.kill_group(self.pid, self._started_by_it)
+            processes.kill_family(self.pid, self._mark, self._started_by_it)
 
 
 class ThreadChannel:
@@ -188,9 +196,9 @@ class ThreadChannel:
         threading.Thread(target=self._serve, args=(plugin,), name=f"tars-{name}", daemon=True).start()
 
     def _serve(self, plugin: object | None) -> None:
-        from tars_core.worker import serving  # noqa: PLC0415 - chat templates need jinja, and a host has no other use
-
         try:
+            from tars_core.worker import serving  # noqa: PLC0415 - chat templates need jinja; a host has no other use
+
             serving.serve(self._inbox, self._receive, self._closing, plugin)
         finally:
             self._call(self._finish)

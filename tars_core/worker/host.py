@@ -49,6 +49,7 @@ _CANCEL_GRACE_S = 5.0
 """A backend stops within a token; one that needs longer than this, and has nobody else to serve, is taken for hung."""
 
 _serials = itertools.count(1)
+"""Numbers of workers, and of what ends several requests at once."""
 
 
 class WorkerGoneError(Exception):
@@ -66,6 +67,8 @@ class Request:
         self._waiter: asyncio.Future[None] | None = None
         self.ended = False
         self.cancelled = False
+        self.incident: int | None = None
+        """By what it failed together with others; ``None`` where it failed alone, or with its worker."""
 
     def push(self, item: Item | TarsError) -> None:
         """Take what the worker sent."""
@@ -266,8 +269,10 @@ class Worker:
     def _on_frame(self, frame: WorkerFrame) -> None:
         match frame:
             case Events(items=items):
+                together = sum(isinstance(item, Failed) for _, item in items) > 1  # a step of a batch
+                incident = next(_serials) if together else None
                 for request_id, item in items:
-                    self._on_item(request_id, item)
+                    self._on_item(request_id, item, incident)
             case LoadProgress():
                 self._sign_of_life = asyncio.get_running_loop().time()
                 if self._on_progress:
@@ -277,10 +282,11 @@ class Worker:
             case LoadRefused():
                 self._settle(frame.failure.to_error(LoadFailed))
 
-    def _on_item(self, request_id: int, item: Item) -> None:
+    def _on_item(self, request_id: int, item: Item, incident: int | None) -> None:
         request = self._requests.get(request_id)
         if request is None:
             return
+        request.incident = incident
         if not isinstance(item, BackendEvent) or isinstance(item, BackendFinished):
             self._end(request)
         request.push(item.failure.to_error(GenerationFailed) if isinstance(item, Failed) else item)

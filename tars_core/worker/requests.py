@@ -26,6 +26,7 @@ from tars_core.types.errors import (
 from tars_core.types.events import BackendEvent, BackendFinished, Progress, ReasoningDelta, TextDelta, ToolCallDelta
 from tars_core.types.failures import Failure
 from tars_core.types.messages import Message
+from tars_core.types.public import brief, field_error
 from tars_core.types.request import RAW_STOP, GenerateRequest
 from tars_core.types.results import Embeddings
 from tars_core.worker import protocol
@@ -162,12 +163,18 @@ class Requests:
         return Failed(failure=Failure.of(error))
 
 
+def _name(event: object) -> str:
+    """Return a type's name as plugins know it."""
+    return type(event).__name__.removeprefix("Backend")
+
+
 class EventRules:
     """Holds one request's events against the contract."""
 
-    def __init__(self, plugin: str, hook: str = "tars_generate") -> None:
+    def __init__(self, plugin: str, hook: str = "tars_generate", max_tokens: int = 2**63) -> None:
         self._plugin = plugin
         self._hook = hook
+        self._max_tokens = max_tokens
         self.finished = False
 
     def check(self, event: object) -> BackendEvent:
@@ -175,13 +182,18 @@ class EventRules:
         if self.finished:
             raise self.broken("an event came after Finished")
         if not isinstance(event, Progress | TextDelta | ReasoningDelta | ToolCallDelta | BackendFinished):
-            raise self.broken(f"events are Progress, TextDelta and Finished, not {type(event).__name__}")
+            raise self.broken(f"events are Progress, TextDelta and Finished, not {brief(event)} ({_name(event)})")
         if isinstance(event, TextDelta | ReasoningDelta) and not event.text:
-            raise self.broken(f"a {type(event).__name__} must not be empty")
+            raise self.broken(f"a {_name(event)} must not be empty; leave it out")
         try:
             protocol.check(Events(items=((0, event),)))
         except (TypeError, ValueError) as error:
-            raise self.broken(f"a {type(event).__name__} is not sound: {error}") from error
+            raise self.broken(f"invalid {_name(event)}: {field_error(error, '.items[0][1]')}") from error
+        if isinstance(event, BackendFinished) and event.usage.completion_tokens > self._max_tokens:
+            raise self.broken(
+                f"it sampled {event.usage.completion_tokens} tokens, and request.sampling.max_tokens is"
+                f" {self._max_tokens}"
+            )
         self.finished = isinstance(event, BackendFinished)
         return event
 

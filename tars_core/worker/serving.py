@@ -9,9 +9,10 @@ import pluggy
 
 from tars_core import hookspecs
 from tars_core.hookspecs import BatchedModel, LoadedModel
-from tars_core.types.errors import ContractError, LoadFailed, TarsError
+from tars_core.types.errors import ContractError, LoadFailed, OutOfMemory, TarsError
 from tars_core.types.events import BackendFinished
 from tars_core.types.failures import Failure
+from tars_core.types.public import field_error
 from tars_core.worker import protocol
 from tars_core.worker.batch import BatchLoop
 from tars_core.worker.protocol import (
@@ -56,7 +57,7 @@ def serve(inbox: Inbox, send: Send, closing: threading.Event, plugin: object | N
         try:
             protocol.check(ready)
         except (TypeError, ValueError) as error:
-            raise ContractError(f"{frame.plugin}: its LoadedModel is not sound: {error}") from error
+            raise ContractError(f"{frame.plugin}: invalid LoadedModel: {field_error(error)}") from error
     except TarsError as error:
         send(LoadRefused(failure=Failure.of(error)))
         return
@@ -73,7 +74,7 @@ def _register(frame: Load, plugin: object | None) -> pluggy.HookRelay:
     try:
         manager.register(hookspecs.import_plugin(frame.target) if plugin is None else plugin, frame.plugin)
     except (Exception, SystemExit) as error:
-        raise LoadFailed(f"it does not import here: {told_with_trace(error)}") from error
+        raise LoadFailed(f"it cannot be imported in the worker: {told_with_trace(error)}") from error
     return manager.hook
 
 
@@ -86,7 +87,7 @@ def _load(hooks: pluggy.HookRelay, frame: Load, send: Send, closing: threading.E
     except TarsError:
         raise
     except MemoryError as error:
-        raise LoadFailed(f"out of memory: {error}") from error
+        raise OutOfMemory(f"out of memory: {error}", hint="use a smaller model or context") from error
     except (Exception, SystemExit) as error:
         raise LoadFailed(told_with_trace(error)) from error
     if not isinstance(loaded, LoadedModel):
@@ -137,8 +138,10 @@ class _ThreadPerRequest:
         rules = EventRules(self._requests.plugin)
         end: BackendFinished | None = None  # waits until the iterator has really ended
         try:
+            request = self._requests.prepare(frame.request)
+            rules = EventRules(self._requests.plugin, max_tokens=request.sampling.max_tokens)
             events: Iterable[object] | None = self._requests.hooks.tars_generate(
-                loaded=self._requests.loaded, request=self._requests.prepare(frame.request), cancel=cancel
+                loaded=self._requests.loaded, request=request, cancel=cancel
             )
             if events is None or not hasattr(events, "__iter__"):
                 raise rules.broken("it must return an iterator of events")

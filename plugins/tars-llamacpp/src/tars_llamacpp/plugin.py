@@ -28,7 +28,7 @@ FEATURES = BASIC_FEATURES | {"token_ids", "tokenize"}
 _GPU_LIBRARY = re.compile(r"(?:lib)?ggml-(cuda|hip|metal|vulkan|sycl)\.(?:so|dylib|dll)")
 """A build for a GPU has one of these; the headers of all come with every build."""
 
-_DEVIATIONS = ("of a prompt beyond 1 MB that cannot fit, only the least number of its tokens is told",)
+_DEVIATIONS = ("of a prompt beyond 1 MB that cannot fit, only a lower bound of its tokens is reported",)
 
 
 @hookimpl

@@ -34,7 +34,7 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 _DEVIATIONS = (
     "answers one request at a time; the others wait",
     "context_length never goes beyond what the model was trained for",
-    "of a prompt beyond 1 MB that cannot fit, only the least number of its tokens is told",
+    "of a prompt beyond 1 MB that cannot fit, only a lower bound of its tokens is reported",
 )
 
 

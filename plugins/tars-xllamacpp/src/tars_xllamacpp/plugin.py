@@ -28,8 +28,8 @@ _PREFERENCE = 60  # prebuilt and fast; a build made for this machine (llama-cpp-
 FEATURES = BASIC_FEATURES | {"token_ids"}
 
 _DEVIATIONS = (
-    "a character of several tokens comes without their ids",
-    "of a prompt beyond 1 MB that cannot fit, only the least number of its tokens is told",
+    "characters made of several tokens have no token ids",
+    "of a prompt beyond 1 MB that cannot fit, only a lower bound of its tokens is reported",
 )
 
 
