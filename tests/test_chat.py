@@ -137,7 +137,7 @@ def test_a_turn_that_fails_is_taken_back_and_the_conversation_goes_on(
 def test_a_conversation_that_outgrows_the_context_says_how_to_go_on(chat: Callable[[BackendScript], Terminal]) -> None:
     terminal = chat(BackendScript(generate=(Overflow(),)))
     terminal.type("one\r")
-    terminal.expect("/new begins anew")
+    terminal.expect("/new starts a new conversation")
     terminal.type("/nonsense\r")
     terminal.expect("there is no /nonsense; /help lists")
     terminal.type("/help\r")

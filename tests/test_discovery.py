@@ -105,7 +105,7 @@ def test_with_every_broken_plugin_installed_the_good_ones_still_answer(write_scr
     from tars_core.testing.fake import BackendScript  # noqa: PLC0415
 
     model = write_script(alpha=BackendScript())
-    with InferenceEngine(model=model, limits={"import_s": 15.0}) as engine:
+    with InferenceEngine(model=model, limits={"import_s": 8.0}) as engine:
         assert engine.generate("hi") == "hello"
         states = {status.name: status for status in engine.backends()}
     assert states["raises"].quarantined == states["hangs"].quarantined == "import"

@@ -84,7 +84,7 @@ def test_a_seed_reaches_the_backend_and_without_one_each_request_draws_its_own(m
     [
         ({"prompt": ""}, "blank"),
         ({"prompt": " \n\t"}, "blank"),
-        ({}, "neither"),
+        ({}, "no prompt and no messages"),
         ({"prompt": "\ud800"}, "surrogate"),
         ({"prompt": 3}, "must be text"),
         ({"prompt": "hi", "max_tokens": 0}, "max_tokens"),

@@ -157,7 +157,7 @@ def test_a_deadline_names_the_setting_that_raises_it() -> None:
     error = errors.DeadlineExceeded(stage="first token", limit_s=0.5)
     assert (error.message, error.hint) == (
         "no progress within 0.5 s (first token)",
-        "raise limits.first_token_s if the machine is merely slow",
+        "raise limits.first_token_s if the machine is only slow",
     )
 
 

@@ -31,7 +31,7 @@ def test_it_is_loaded_once_it_exists_and_no_longer_once_closed(write_script: Wri
 def test_the_prompt_arrives_as_it_is_and_the_answer_loses_its_white_space(write_script: WriteScript) -> None:
     script = BackendScript(generate=(Say(" "), Echo(), Finish()), chat_template="never: {{ messages[0].content }}")
     with Alpha(model_path=write_script(alpha=script)) as backend:
-        assert backend.generate("User says: hi", max_tokens=5, temperature=0) == "User says: hi"
+        assert backend.generate("User says: hi", max_tokens=20, temperature=0) == "User says: hi"
         with pytest.raises(RequestError):
             backend.generate("  ")
 
