@@ -212,7 +212,7 @@ def _try_out(name: str, target: str, output: int) -> Verdict:
     except PluginError as error:
         return Verdict(stage=stage, reason=error.message)
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises is the verdict
-        return Verdict(stage=stage, reason=told(error))
+        return Verdict(stage=stage, reason=f"tars_probe: {told(error)}" if stage == "probe" else told(error))
     return Verdict()
 
 
