@@ -266,11 +266,7 @@ class Driver:
         left_out = {(r.backend, r.model) for r in unsuited}
         kept = tuple(c for c in decision.candidates if (c.backend, c.model) not in left_out)
         if not kept:
-            listed = "".join(f"\n  {r.backend}: {r.reason}" for r in unsuited)
-            raise RequestError(
-                f"no backend can answer this request with {decision.model}{listed}",
-                hint="tars plan shows what each backend can do",
-            )
+            raise failover.unanswerable(decision.model, [f"{r.backend}: {r.reason}" for r in unsuited])
         return msgspec.structs.replace(decision, candidates=kept, rejected=(*decision.rejected, *unsuited))
 
     async def _in_time(self, step: Awaitable[T]) -> T:

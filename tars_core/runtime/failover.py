@@ -14,6 +14,7 @@ from tars_core.types.errors import (
     BackendUnavailable,
     ContextShrunk,
     DeadlineExceeded,
+    RequestError,
     StreamInterrupted,
     TarsError,
     WorkerDied,
@@ -36,6 +37,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 def key_of(candidate: Candidate) -> Key:
     """Return what a candidate's circuit is known by."""
     return candidate.backend, candidate.model
+
+
+def unanswerable(model: object, reasons: Sequence[str]) -> RequestError:
+    """Return the error for a request that needs a feature no candidate has."""
+    listed = "".join(f"\n  {reason}" for reason in reasons)
+    return RequestError(
+        f"no backend can answer this request with {model}{listed}", hint="tars plan shows what each backend can do"
+    )
 
 
 class Attempts:
@@ -86,6 +95,9 @@ class Attempts:
             else:
                 self._skip(candidate, "paused after repeated failures", now)
                 self._waiting.append(candidate)
+        reasons = [a.failure.message for a in self.attempts if a.failure and a.failure.kind == "BackendUnavailable"]
+        if reasons and len(reasons) == len(self.attempts):  # each was loaded, and lacks what its probe promised
+            raise unanswerable(self.attempts[0].model, [reason.rpartition("\n")[2].strip() for reason in reasons])
         raise AllBackendsFailed(attempts=self.attempts)
 
     def _skip(self, candidate: Candidate, reason: str, now: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import weakref
@@ -59,6 +60,8 @@ class Observers:
     to be collected when nobody else uses them.
     """
 
+    _finalizer: weakref.finalize[..., Observers] | None = None
+
     def __init__(self) -> None:
         self.start_anew()
 
@@ -68,15 +71,19 @@ class Observers:
         self._mailbox = _Mailbox()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        weakref.finalize(self, self._mailbox.close).atexit = False
+        if self._finalizer is not None:
+            self._finalizer.detach()  # the parent's mailbox may be locked for ever here
+        self._finalizer = weakref.finalize(self, self._mailbox.close)
+        self._finalizer.atexit = False
 
     def add(self, callback: Observer) -> Callable[[], None]:
         """Call ``callback`` with every event from now on; what is returned ends that."""
-        self._callbacks.append(callback)
+        own = functools.partial(callback)  # one callback may observe twice
+        self._callbacks.append(own)
 
         def remove() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
+            if own in self._callbacks:
+                self._callbacks.remove(own)
 
         return remove
 
@@ -97,7 +104,7 @@ class Observers:
         for callback in list(self._callbacks):
             try:
                 callback(event)
-            except Exception:  # noqa: BLE001, PERF203 - an observer must not stop the engine
+            except BaseException:  # noqa: BLE001, PERF203 - it must not keep events from the others
                 _log.exception("an observer raised an exception and is not called again")
                 if callback in self._callbacks:
                     self._callbacks.remove(callback)

@@ -316,8 +316,11 @@ class Pool:
                 await asyncio.shield(self._end(place, place.worker))
 
     def find(self, name: str | None) -> list[Place]:
-        """Return the places of a model, or all."""
-        return [p for p in self._places.values() if name is None or name in (p.name, str(p.candidate.model))]
+        """Return the places of a model, by the name it was asked for or the form that is loaded, or all."""
+        if name is None:
+            return list(self._places.values())
+        ref = ModelRef.parse(name)
+        return [p for p in self._places.values() if name == p.name or ref == p.candidate.model]
 
     def _died(self, place: Place, worker: Worker) -> None:
         """Count a worker's end that nobody asked for: once, however many requests it takes along."""
@@ -331,11 +334,11 @@ class Pool:
 
     def _end(self, place: Place, worker: Worker) -> asyncio.Task[None]:
         """End a worker behind everybody's back; nobody gets it any more from here on."""
-        if place.worker is worker:
+        if place.worker is worker:  # else it never started, or its end was told
             place.worker = None
-        failure = Failure.of(worker.dead) if isinstance(worker.dead, BackendError) else None
-        backend, model = place.key
-        self._tell(WorkerEnded(backend=backend, model=model, pid=worker.pid, failure=failure))
+            failure = Failure.of(worker.dead) if isinstance(worker.dead, BackendError) else None
+            backend, model = place.key
+            self._tell(WorkerEnded(backend=backend, model=model, pid=worker.pid, failure=failure))
         ending = asyncio.ensure_future(worker.close())
         self._ending[ending] = place.memory_bytes
         ending.add_done_callback(self._ending.pop)

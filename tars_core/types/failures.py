@@ -32,7 +32,7 @@ class Failure(Public, frozen=True, kw_only=True):
                 context_length=error.context_length,
             )
         if isinstance(error, errors.TarsError):  # a plugin's own subclass counts as what it is derived from
-            kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
+            kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ in (errors.__name__, __name__))
             return cls(kind=kind, message=as_utf8(error.message), hint=as_utf8(error.hint) if error.hint else None)
         # With its module: another library's RequestError is not the caller's mistake.
         of = type(error)

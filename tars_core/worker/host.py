@@ -273,7 +273,7 @@ class Worker:
                 incident = next(_serials) if together else None
                 for request_id, item in items:
                     self._on_item(request_id, item, incident)
-            case LoadProgress():
+            case LoadProgress() if self._outcome is not None and not self._outcome.done():
                 self._sign_of_life = asyncio.get_running_loop().time()
                 if self._on_progress:
                     self._on_progress(frame.fraction, frame.note)
