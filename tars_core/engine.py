@@ -387,7 +387,7 @@ def _ask(  # noqa: PLR0913 - the request's parts
         if prompt is not None or system_prompt is not None or raw:
             raise RequestError("give either messages, or a prompt with or without a system prompt")
         turns = check_messages(messages)
-        if not any(turn.text.strip() for turn in turns):
+        if not any(turn.text.strip() or not isinstance(turn.content, str) for turn in turns):
             raise RequestError("every message is blank")
         return Ask(GenerateRequest(messages=turns, sampling=params), _model(model), fallback_on=fallback_on)
     if prompt is None:

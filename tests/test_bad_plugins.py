@@ -205,7 +205,7 @@ def test_33_in_a_batch_the_fault_of_one_request_leaves_the_others_alone(batched:
     next(stream)
     next(stream)
     if fault == "cancel":
-        stream.close()  # type: ignore[attr-defined]  # it is a generator
+        stream.close()
     else:
         with pytest.raises(StreamInterrupted, match="invalid TextDelta"):
             list(stream)

@@ -149,7 +149,7 @@ def test_requests_beyond_the_queue_are_told_at_once(make_engine: MakeEngine) -> 
     with pytest.raises(Overloaded, match="max_queue is 2"):
         engine.generate("hi")
     for stream in streams:
-        stream.close()  # type: ignore[attr-defined]  # a generator
+        stream.close()
 
 
 def test_leaving_a_stream_early_frees_its_place(make_engine: MakeEngine) -> None:

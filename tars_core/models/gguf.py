@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import msgspec
-
 from tars_core.types.errors import LoadFailed
+from tars_core.types.public import Public
 from tars_core.types.reports import ProbeReport
 
 _MAGIC = b"GGUF"
@@ -71,7 +70,7 @@ _BLOCKS = {
 }  # fmt: skip
 
 
-class GGUFHeader(msgspec.Struct, frozen=True, kw_only=True):
+class GGUFHeader(Public, frozen=True, kw_only=True):
     """What the loading of a model is decided by."""
 
     architecture: str

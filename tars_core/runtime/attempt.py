@@ -15,7 +15,7 @@ from tars_core.types.events import BackendFinished, Progress, ReasoningDelta, St
 from tars_core.types.messages import ToolCall
 from tars_core.types.request import GenerateRequest
 from tars_core.types.results import Completion, Decision, Timings, TokenLogprob
-from tars_core.worker.host import Request, Worker
+from tars_core.worker.host import Limit, Request, Worker
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
@@ -74,16 +74,19 @@ class Try:
             started.abandon()
         return self._completion(worker, finished, decision)
 
-    async def ask(self, needs: frozenset[str], question: Callable[[Worker], Awaitable[T]]) -> T:
+    async def ask(self, needs: frozenset[str], question: Callable[[Worker, Limit], Awaitable[T]]) -> T:
         """Return the answer to a question that is no generation. Raises as :meth:`run`."""
         worker = await self._load()
         check_features(self._place, needs, worker)
         self._worker = worker
-        self._attempts.loaded()
+
+        def limit() -> float | None:  # waiting for a place is no sign of a hang
+            self._attempts.loaded()
+            return self._attempts.wait_s(time.monotonic())
+
         try:
-            async with timeout(self._attempts.wait_s(time.monotonic())):
-                answer = await question(worker)
-        except asyncio.TimeoutError:
+            answer = await self._bounded(question(worker, limit))
+        except DeadlineExceeded:
             raise self._overdue(worker) from None
         self._attempts.finished(time.monotonic())
         return answer

@@ -42,7 +42,7 @@ from tars_core.types.observed import AttemptEnded, CircuitChanged, PromptRead, R
 from tars_core.types.reports import BackendStatus, LoadedStatus
 from tars_core.types.request import EmbedRequest, GenerateRequest, SamplingParams, Task
 from tars_core.types.results import Candidate, Completion, Decision, Embeddings, Rejection
-from tars_core.worker.host import Worker, WorkerGoneError
+from tars_core.worker.host import Limit, Worker, WorkerGoneError
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
@@ -187,7 +187,8 @@ class Driver:
 
     async def _answer(self, ask: Ask, sink: Sink, number: int) -> Completion:
         started = time.monotonic()
-        decision = self._suited(await self._in_time(self.decide(ask.model)), ask.request.needs(), ask.backend)
+        decided = await self._in_time(self.decide(ask.model))
+        decision = self._suited(decided, ask.request.needs(), "generate", ask.backend)
         sink(Started(decision=decision))
 
         async def accepted(attempt: Try) -> Completion | None:
@@ -250,11 +251,11 @@ class Driver:
                         told.append(ended)
                         self._tell(AttemptEnded(request_id=number, attempt=ended))
 
-    def _suited(self, decision: Decision, needs: frozenset[str], only: str | None = None) -> Decision:
+    def _suited(self, decision: Decision, needs: frozenset[str], task: Task, only: str | None = None) -> Decision:
         """Return the decision without candidates that are known to lack what the request needs."""
         unsuited: list[Rejection] = []
         for candidate in decision.candidates:
-            known = self._pool.features(candidate)
+            known = self._pool.features(candidate, task)
             if known is not None and (lacking := needs - known):
                 unsuited.append(Rejection(backend=candidate.backend, model=candidate.model, reason=lacks(lacking)))
             elif only not in (None, candidate.backend):
@@ -299,7 +300,7 @@ class Driver:
                     return await attempt.run(_LEAST, lambda _: None, decision)
                 return await attempt.run(_LEAST_CHAT, lambda _: None, decision)
             request = EmbedRequest(texts=("a",), query="a" if task == "rerank" else None)
-            return await attempt.ask(frozenset(), lambda worker: worker.embed(request))
+            return await attempt.ask(frozenset(), lambda worker, limit: worker.embed(request, limit))
 
         try:
             await self._first(decision, None, task, 0, least, time.monotonic())
@@ -311,9 +312,9 @@ class Driver:
     async def tokenize(self, model: str | None, messages: Sequence[Message], prompt: str | None) -> tuple[int, ...]:
         """Return the tokens of a prompt, or of what the model's template makes of ``messages``."""
 
-        async def question(worker: Worker) -> tuple[int, ...]:
-            text = prompt if prompt is not None else await worker.render(tuple(messages))
-            return await worker.tokenize(text)
+        async def question(worker: Worker, limit: Limit) -> tuple[int, ...]:
+            text = prompt if prompt is not None else await worker.render(tuple(messages), limit)
+            return await worker.tokenize(text, limit)
 
         return await self._counted(
             model, lambda number: self._asked(model, "generate", frozenset({"tokenize"}), question, number)
@@ -325,7 +326,9 @@ class Driver:
         feature = "embeddings" if request.query is None else "rerank"
         return await self._counted(
             model,
-            lambda number: self._asked(model, task, frozenset({feature}), lambda worker: worker.embed(request), number),
+            lambda number: self._asked(
+                model, task, frozenset({feature}), lambda worker, limit: worker.embed(request, limit), number
+            ),
         )
 
     async def _asked(
@@ -333,11 +336,11 @@ class Driver:
         model: str | None,
         task: Task,
         needs: frozenset[str],
-        question: Callable[[Worker], Awaitable[T]],
+        question: Callable[[Worker, Limit], Awaitable[T]],
         number: int,
     ) -> T:
         started = time.monotonic()
-        decision = self._suited(await self._in_time(self.decide(model)), needs)
+        decision = self._suited(await self._in_time(self.decide(model)), needs, task)
         return await self._first(decision, model, task, number, lambda attempt: attempt.ask(needs, question), started)
 
     # ---- the end -------------------------------------------------------------------------------

@@ -102,9 +102,9 @@ class Pool:
         """Return who is in memory and answers."""
         return frozenset(p.key for p in self._places.values() if p.answers and p.task == task)
 
-    def features(self, candidate: Candidate) -> frozenset[str] | None:
+    def features(self, candidate: Candidate, task: Task) -> frozenset[str] | None:
         """Return what a candidate can do: a fact where it is loaded, else its backend's guess; ``None``: not known."""
-        place = self._places.get((candidate.backend, candidate.model, "generate"))
+        place = self._places.get((candidate.backend, candidate.model, task))
         worker = place.worker if place is not None else None
         return worker.loaded.features if worker is not None and worker.loaded is not None else candidate.report.features
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _LONG = 60
 _NESTED = 190
+_LINE = 225
 
 
 class Public(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +39,10 @@ class Public(msgspec.Struct, frozen=True, kw_only=True):
         yield from self.to_dict().items()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._parts())})"
+        text = ", ".join(self._parts())
+        if not text.isprintable():  # a file's name may hold anything
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return f"{type(self).__name__}({text if len(text) <= _LINE else text[:_LINE] + '…'})"
 
     def _parts(self) -> list[str]:
         """Return ``name=value`` for each field that is not at its default."""
@@ -61,14 +66,16 @@ class Public(msgspec.Struct, frozen=True, kw_only=True):
         return {"type": "object", "title": cls.__name__}
 
 
-def brief(value: object) -> str:
+def brief(value: object) -> str:  # noqa: PLR0911 - one case a type
     """Return ``value`` in a few words on one line."""
     match value:
         case str():
             return repr(value if len(value) <= _LONG else value[: _LONG - 1] + "…")
         case float():
             return f"{value:.4g}"
-        case tuple() | Mapping() if len(repr(value)) > _LONG:
+        case bytes():
+            return f"<{len(value)} bytes>"
+        case tuple() | AbstractSet() | Mapping() if len(value) > _LONG or len(repr(value)) > _LONG:
             return f"<{len(value)} items>"
         case Public() if _has_text(value):  # of a path, the end says most
             text = str(value)
@@ -108,6 +115,8 @@ def plain(value: object) -> Any:  # noqa: ANN401 - whatever JSON can hold
             result = [plain(item) for item in value]
         case bytes():
             result = base64.b64encode(value).decode()
+        case float() if not math.isfinite(value):
+            result = None  # JSON has no word for it
         case None | bool() | int() | float() | str():
             result = value
     return result

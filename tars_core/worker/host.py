@@ -43,6 +43,8 @@ else:
 OnProgress: TypeAlias = Callable[[float, str], None]
 OnEnd: TypeAlias = Callable[["Worker"], None]
 OnIdle: TypeAlias = Callable[[], None]
+Limit: TypeAlias = Callable[[], "float | None"]
+"""Asked when a place was found: the seconds that the answer may take from there."""
 R = TypeVar("R", Rendered, Tokens, Embedded)
 
 _CANCEL_GRACE_S = 5.0
@@ -189,28 +191,28 @@ class Worker:
         """
         return await self._start(lambda number: Generate(request_id=number, request=request), takes_place=True)
 
-    async def embed(self, request: EmbedRequest) -> Embeddings:
-        """Return the vectors of texts. Raises as :meth:`generate`, and the request's own error."""
-        found = await self._ask(lambda number: Embed(request_id=number, request=request), Embedded, takes_place=True)
+    async def embed(self, request: EmbedRequest, limit: Limit) -> Embeddings:
+        """Return the vectors of texts. Raises as :meth:`generate` and :meth:`Request.next`."""
+        found = await self._ask(lambda n: Embed(request_id=n, request=request), Embedded, limit, takes_place=True)
         usage = Usage(prompt_tokens=found.prompt_tokens, completion_tokens=0)
         return Embeddings(data=found.data, count=found.count, dimensions=found.dimensions, usage=usage)
 
-    async def render(self, messages: tuple[Message, ...], template_options: str = "{}") -> str:
+    async def render(self, messages: tuple[Message, ...], limit: Limit, template_options: str = "{}") -> str:
         """Return the prompt that the model's template makes of ``messages``."""
 
         def frame(number: int) -> Render:
             return Render(request_id=number, messages=messages, template_options=template_options)
 
-        return (await self._ask(frame, Rendered, takes_place=False)).prompt
+        return (await self._ask(frame, Rendered, limit, takes_place=False)).prompt
 
-    async def tokenize(self, prompt: str) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str, limit: Limit) -> tuple[int, ...]:
         """Return the tokens of a prompt."""
-        return (await self._ask(lambda n: Tokenize(request_id=n, prompt=prompt), Tokens, takes_place=False)).ids
+        return (await self._ask(lambda n: Tokenize(request_id=n, prompt=prompt), Tokens, limit, takes_place=False)).ids
 
-    async def _ask(self, frame: Callable[[int], HostFrame], kind: type[R], *, takes_place: bool) -> R:
+    async def _ask(self, frame: Callable[[int], HostFrame], kind: type[R], limit: Limit, *, takes_place: bool) -> R:
         request = await self._start(frame, takes_place=takes_place)
         try:
-            item = await request.next(None)
+            item = await request.next(limit())
         finally:
             request.abandon()
         if not isinstance(item, kind):

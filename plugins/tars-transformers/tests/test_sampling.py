@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars_core.plugin import GenerationFailed, SamplingParams
-from tars_transformers.sampling import PENALTY_WINDOW, candidates, choose, penalize
+from tars_core.plugin import PENALTY_WINDOW, GenerationFailed, SamplingParams
+from tars_transformers.sampling import candidates, choose, penalize
 
 # Whole numbers apart, so that no rounding decides.
 distinct = st.lists(st.integers(-12, 12), min_size=1, max_size=20, unique=True).map(
