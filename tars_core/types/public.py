@@ -58,12 +58,13 @@ class Public(msgspec.Struct, frozen=True, kw_only=True):
     def __get_pydantic_core_schema__(cls, _source: object, _handler: object) -> CoreSchema:
         from pydantic_core import core_schema  # noqa: PLC0415 - who calls this has imported pydantic
 
-        written = core_schema.plain_serializer_function_ser_schema(lambda value: value.to_dict())
+        written = core_schema.plain_serializer_function_ser_schema(plain)
         return core_schema.is_instance_schema(cls, serialization=written)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, _schema: object, _handler: object) -> dict[str, Any]:
-        return {"type": "object", "title": cls.__name__}
+        what = "string" if cls.__str__ is not object.__str__ else "object"
+        return {"type": what, "title": cls.__name__, "description": f"{cls.__name__} of tars_core"}
 
 
 def brief(value: object) -> str:  # noqa: PLR0911 - one case a type
