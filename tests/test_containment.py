@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -19,20 +18,12 @@ from tars_core import AllBackendsFailed, InferenceEngine
 from tars_core.system import memory
 from tars_core.testing.fake import Act, BackendScript, Exit, Finish, Kill, Raise, Say, Start, Wait
 from tars_core.testing.processes import alive, workers
+from tars_core.testing.watching import until
 from tars_core.worker.channel import ProcessChannel
 
 MakeEngine = Callable[..., InferenceEngine]
 WriteScript = Callable[..., str]
 T = TypeVar("T")
-
-
-def until(condition: Callable[[], T], within_s: float = 30.0) -> T:
-    """Return what ``condition`` gives once that is true."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-    return value
 
 
 # ---- 50: a process that cannot be killed -------------------------------------------------------

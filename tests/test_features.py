@@ -45,6 +45,7 @@ from tars_core.plugin import (
 )
 from tars_core.plugin import Finished as BackendFinished
 from tars_core.testing.fake import BackendScript, Echo, Finish, Mark, Raise, Say, Wait
+from tars_core.testing.watching import until
 from tars_core.types.features import FEATURES
 from tars_core.types.observed import CircuitChanged, LoadEnded, Observed
 
@@ -52,14 +53,6 @@ MakeEngine = Callable[..., InferenceEngine]
 WriteScript = Callable[..., str]
 ALL = tuple(sorted(FEATURES.keys() - {"tokenize", "renders_chat", "embeddings", "rerank"}))
 """Everything that a scripted backend may claim."""
-
-
-def until(condition: Callable[[], bool], what: str, *, within_s: float = 30.0) -> None:
-    """Wait for ``condition``, however busy the machine is."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def observed(engine: InferenceEngine) -> list[Observed]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -17,32 +16,13 @@ from tars_core import AllBackendsFailed, InferenceEngine, TextDelta
 from tars_core.system import memory
 from tars_core.testing.fake import BackendScript, Finish, Kill, Raise, Say, Script, Wait
 from tars_core.testing.processes import workers
+from tars_core.testing.watching import of, told, until
 from tars_core.types.observed import LoadEnded, Observed, RequestStarted, WorkerEnded, WorkerStarted
 
 MakeEngine = Callable[..., InferenceEngine]
 T = TypeVar("T")
 E = TypeVar("E", bound=Observed)
 GIB = 2**30
-
-
-def until(condition: Callable[[], T], within_s: float = 30.0) -> T:
-    """Return what ``condition`` gives once that is true."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-    return value
-
-
-def told(engine: InferenceEngine) -> list[Observed]:
-    """Return what observers are told, as it comes; all of it once the engine is closed."""
-    events: list[Observed] = []
-    engine.observe(events.append)
-    return events
-
-
-def of(events: Sequence[Observed], kind: type[E], backend: str | None = None) -> list[E]:
-    return [e for e in tuple(events) if isinstance(e, kind) and backend in (None, getattr(e, "backend", None))]
 
 
 def first_text(stream: Iterator[object]) -> None:

@@ -45,6 +45,7 @@ from tars_core.runtime.driver import Ask, Driver
 from tars_core.system import memory
 from tars_core.testing.fake import BackendScript, Echo, Finish, Mark, Raise, Say, Wait
 from tars_core.testing.processes import workers
+from tars_core.testing.watching import until
 from tars_core.types.observed import (
     LoadEnded,
     LoadProgressed,
@@ -58,14 +59,6 @@ from tars_core.types.observed import (
 MakeEngine = Callable[..., InferenceEngine]
 WriteScript = Callable[..., str]
 MIB = 2**20
-
-
-def until(condition: Callable[[], bool], what: str, *, within_s: float = 30.0) -> None:
-    """Wait for ``condition``, however busy the machine is."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 class Log:

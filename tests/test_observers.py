@@ -42,6 +42,7 @@ from tars_core.runtime.driver import Driver
 from tars_core.runtime.observers import Observers
 from tars_core.testing.fake import BackendScript, Exit, Finish, Kill, Raise, ReadPrompt, Say, Wait
 from tars_core.testing.processes import workers
+from tars_core.testing.watching import until
 from tars_core.types import observed
 from tars_core.types.observed import (
     AttemptEnded,
@@ -62,14 +63,6 @@ MakeEngine = Callable[..., InferenceEngine]
 WriteScript = Callable[..., str]
 KEPT = 1024
 """So many events wait for a slow observer, as the documentation says."""
-
-
-def until(condition: Callable[[], bool], what: str, *, within_s: float = 30.0) -> None:
-    """Wait for ``condition``, however busy the machine is."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 class Log:

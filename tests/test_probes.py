@@ -26,32 +26,13 @@ from tars_core.plugin import (
     hookimpl,
 )
 from tars_core.testing.fake import BackendScript, Script, Wait
+from tars_core.testing.watching import until
 from tars_core.types.observed import Observed
 
 MakeEngine = Callable[..., InferenceEngine]
 T = TypeVar("T")
 E = TypeVar("E", bound=Observed)
 LATE = BackendScript(probe=(Wait(1.5, deaf=True),))
-
-
-def until(condition: Callable[[], T], within_s: float = 30.0) -> T:
-    """Return what ``condition`` gives once that is true."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-    return value
-
-
-def told(engine: InferenceEngine) -> list[Observed]:
-    """Return what observers are told, as it comes; all of it once the engine is closed."""
-    events: list[Observed] = []
-    engine.observe(events.append)
-    return events
-
-
-def of(events: Sequence[Observed], kind: type[E], backend: str | None = None) -> list[E]:
-    return [e for e in tuple(events) if isinstance(e, kind) and backend in (None, getattr(e, "backend", None))]
 
 
 def rewrite(engine: InferenceEngine, **backends: BackendScript) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from tars_core.config.gather import load_settings
 from tars_core.plugin import BASIC_FEATURES, BackendEvent, LoadedModel, hookimpl
 from tars_core.plugin import Finished as BackendFinished
 from tars_core.testing.fake import BackendScript, Finish, Raise, ReadPrompt, Say, Wait
+from tars_core.testing.watching import until
 from tars_core.types.observed import AttemptEnded, CircuitChanged, Observed, RequestEnded, RequestStarted
 
 MakeEngine = Callable[..., InferenceEngine]
@@ -46,14 +46,6 @@ WriteScript = Callable[..., str]
 HELD = BackendScript(generate=(Say("x"), Wait(60), Say("y"), Finish()), concurrency=1)
 """Says something and then nothing for a minute, and has one place: who does not free it blocks the next."""
 LONG = {"first_token_s": 60.0, "between_tokens_s": 60.0, "total_s": 60.0}
-
-
-def until(condition: Callable[[], bool], what: str, *, within_s: float = 30.0) -> None:
-    """Wait for ``condition``, however busy the machine is."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def text_of(events: Sequence[StreamEvent]) -> str:
@@ -177,7 +169,7 @@ def test_an_async_stream_that_is_dropped_stops_its_generation_though_no_event_co
                 if isinstance(event, TextDelta):
                     break
             gc.collect()
-            await asyncio.to_thread(until, lambda n=number: len(ended(events)) == n, "it still runs")  # type: ignore[misc]
+            await asyncio.to_thread(until, lambda n=number: len(ended(events)) == n, "it still runs")
 
     asyncio.run(read())
     assert [event.failure.kind for event in ended(events) if event.failure] == ["Cancelled"] * 3

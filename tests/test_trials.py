@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from tars_core.plugin import (
 from tars_core.runtime.circuits import CircuitPolicy, Circuits
 from tars_core.runtime.failover import Attempts, Limits
 from tars_core.testing.fake import BackendScript, Finish, Kill, Raise, Say, Script, Wait
+from tars_core.testing.watching import of, told, until
 from tars_core.types.errors import GenerationFailed
 from tars_core.types.observed import CircuitChanged, LoadEnded, Observed, WorkerEnded, WorkerStarted
 from tars_core.types.results import Candidate
@@ -29,26 +30,6 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Observed)
 BAD = BackendScript(generate=(Raise("GenerationFailed", "bad weights"),))
 SLOWLY_BAD = msgspec.structs.replace(BAD, load=(Wait(0.4),))
-
-
-def until(condition: Callable[[], T], within_s: float = 30.0) -> T:
-    """Return what ``condition`` gives once that is true."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-    return value
-
-
-def told(engine: InferenceEngine) -> list[Observed]:
-    """Return what observers are told, as it comes; all of it once the engine is closed."""
-    events: list[Observed] = []
-    engine.observe(events.append)
-    return events
-
-
-def of(events: Sequence[Observed], kind: type[E], backend: str | None = None) -> list[E]:
-    return [e for e in tuple(events) if isinstance(e, kind) and backend in (None, getattr(e, "backend", None))]
 
 
 def rewrite(engine: InferenceEngine, **backends: BackendScript) -> None:

@@ -76,7 +76,7 @@ def brief(value: object) -> str:  # noqa: PLR0911 - one case a type
             return f"{value:.4g}"
         case bytes():
             return f"<{len(value)} bytes>"
-        case tuple() | AbstractSet() | Mapping() if len(value) > _LONG or len(repr(value)) > _LONG:
+        case tuple() | AbstractSet() | Mapping() if len(value) > _LONG // 3 or len(repr(value)) > _LONG:
             return f"<{len(value)} items>"
         case Public() if _has_text(value):  # of a path, the end says most
             text = str(value)
