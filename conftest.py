@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc  # noqa: F401 - pytest imports it in whatever thread a warning comes from, also in two at once
 from collections.abc import Generator
 
 import pytest
