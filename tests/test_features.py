@@ -28,6 +28,7 @@ from tars_core import (
     SamplingParams,
     Started,
     StreamEvent,
+    StreamInterrupted,
     Text,
     TextDelta,
     ToolCall,
@@ -351,6 +352,30 @@ def test_thoughts_and_calls_reach_an_async_stream() -> None:
         "ToolCallDelta",
         "Finished",
     ]
+
+
+@pytest.mark.parametrize(
+    "said", [ReasoningDelta(text="Hm."), ToolCallDelta(index=0, id="c", name="clock", arguments='{"zone": ')]
+)
+def test_nobody_takes_over_when_thoughts_or_calls_are_out(said: BackendEvent) -> None:
+    """A reader who gets the next one's calls behind the first one's has arguments that are no JSON."""
+
+    def fail(_: GenerateRequest) -> Iterator[BackendEvent]:
+        yield said
+        raise ValueError("torn")
+
+    actors = {
+        name: Actor(plain_model("parses"), answer=answer)
+        for name, answer in (("first", fail), ("second", think_and_call))
+    }
+    seen: list[StreamEvent] = []
+    with InferenceEngine(
+        model="any:thing", plugins="first,second", prefer=("first", "second"), extra_plugins=actors
+    ) as engine:
+        with pytest.raises(StreamInterrupted, match="torn") as interrupted:
+            seen.extend(engine.stream("What time is it?"))
+        assert interrupted.value.partial_text == ""
+    assert seen[1:] == [said]
 
 
 def test_an_answer_may_be_a_call_and_nothing_else() -> None:

@@ -410,6 +410,19 @@ def test_unloading_what_was_never_loaded_does_nothing(make_engine: MakeEngine, t
     assert [status.pid for status in engine.loaded()] == [pid]
 
 
+def test_a_model_that_has_two_names_is_loaded_once_and_unloaded_by_either(
+    shelf: Shelf, books: tuple[Path, Path]
+) -> None:
+    aliases = {"this": str(books[0]), "that": str(books[0])}
+    with InferenceEngine(models=aliases, plugins="shelf", extra_plugins={"shelf": shelf}) as engine:
+        for load, unload in (("this", "that"), ("that", "this"), ("that", books[0])):
+            engine.load(load)
+            engine.load(unload)
+            assert len(engine.loaded()) == 1
+            engine.unload(unload)
+            assert engine.loaded() == ()
+
+
 def test_a_model_is_unloaded_by_its_path_however_that_is_written(
     library: InferenceEngine, books: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,10 +122,12 @@ class Try:
                 case ReasoningDelta():
                     self._count(len(event.token_ids))
                     self._reasoning.append(event.text)
+                    self._attempts.delivered("")  # nobody else may think or call again for the same reader
                     sink(event)
                 case ToolCallDelta():
                     self._count(0)
                     self._call(event)
+                    self._attempts.delivered("")
                     sink(event)
                 case Progress(prompt_tokens_done=done):
                     self._on_progress(self._place.candidate.backend, done)

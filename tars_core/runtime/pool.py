@@ -36,6 +36,8 @@ class Place:
 
     def __init__(self, name: str, candidate: Candidate, task: Task) -> None:
         self.name = name
+        self.names = {name}
+        """All by which it was asked for."""
         self.candidate = candidate
         self.task = task
         self.worker: Worker | None = None
@@ -96,6 +98,7 @@ class Pool:
         """Return the candidate's place; ``name`` is what the model was asked for by."""
         place = self._places.setdefault((candidate.backend, candidate.model, task), Place(name, candidate, task))
         place.candidate = candidate
+        place.names.add(name)
         return place
 
     def warm(self, task: Task = "generate") -> frozenset[Key]:
@@ -294,7 +297,7 @@ class Pool:
     def _retire(self, place: Place) -> None:
         """End idle workers that nobody is sent to, since they failed, where another one answers for their model."""
         now = time.monotonic()
-        same = [p for p in self._places.values() if (p.name, p.task) == (place.name, place.task) and p.answers]
+        same = [p for p in self._places.values() if p.task == place.task and p.names & place.names and p.answers]
         if any(self._circuits.state(p.key, now) == "closed" for p in same):
             for other in same:
                 if other.idle and other.worker is not None and self._circuits.state(other.key, now) != "closed":
@@ -320,7 +323,7 @@ class Pool:
         if name is None:
             return list(self._places.values())
         ref = ModelRef.parse(name)
-        return [p for p in self._places.values() if name == p.name or ref == p.candidate.model]
+        return [p for p in self._places.values() if name in p.names or ref == p.candidate.model]
 
     def _died(self, place: Place, worker: Worker) -> None:
         """Count a worker's end that nobody asked for: once, however many requests it takes along."""
