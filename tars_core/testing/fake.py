@@ -389,9 +389,10 @@ def _do(act: Act, cancel: CancelFlag) -> None:  # noqa: C901, PLR0912 - one case
         case KillLater(seconds=seconds):
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
         case Start(pid_file=pid_file, kind=kind):
-            start = 'setsid sleep 60 & echo $! > "$0"' if kind == "daemon" else 'echo $$ > "$0"; exec sleep 60'
-            program = subprocess.Popen(["sh", "-c", start, pid_file], start_new_session=kind == "session")  # noqa: S603, S607
             if kind == "daemon":
-                program.wait()
+                subprocess.run(["sh", "-c", 'setsid sleep 60 & echo $! > "$0"', pid_file], check=True)  # noqa: S603, S607
+            else:
+                program = subprocess.Popen(["sleep", "60"], start_new_session=kind == "session")  # noqa: S607
+                Path(pid_file).write_text(str(program.pid))
         case _:
             pass
